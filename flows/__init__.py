@@ -1,0 +1,1 @@
+"""What people schedule and type: the experiment, its loop as a Prefect flow, the `nst` command."""

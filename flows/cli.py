@@ -1,0 +1,301 @@
+"""The command `nst`. Heavy libraries load in the commands that need them: `plan`, `ls`, `results` load none.
+
+nst demo                                a whole experiment on real digits, minutes on a CPU
+nst plan digits student.epochs=40       what would run, and why
+nst run deployments/recipes/cifar10.yaml data.root=../shared/data --scale smoke
+"""
+
+import json
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.driver import Rerun, Run, resolve_run
+from flows.experiment import load_experiment
+from models.launch import WorkerFailed
+from storage.artifacts import find, list_artifacts
+from storage.errors import UserError
+from storage.objects import Store
+from storage.runs import read_run, resolve_ref
+from tasks.results import result_records
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+console = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
+
+EXIT_USER_ERROR, EXIT_FAILED, EXIT_STOPPED = 2, 1, 143
+
+
+class PrefectMode(StrEnum):
+    """Where Prefect's API is: nowhere, in this process, or on the server that PREFECT_API_URL names."""
+
+    off = "off"
+    ephemeral = "ephemeral"
+    server = "server"
+
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (digits, cifar10).")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. student.epochs=30.")]
+StoreOption = Annotated[str, typer.Option(envvar="NST_STORE", help="Root of the artifacts: a folder or file:// URL.")]
+RerunOption = Annotated[str, typer.Option(help="Make a stage and all that follows anew: select, or 2/select.")]
+ScaleOption = Annotated[str, typer.Option(help="A scale that the recipe offers, e.g. smoke.")]
+PrefectOption = Annotated[PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (in this process), server.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.command()
+def demo(store: StoreOption = "demo-store", prefect: PrefectOption = PrefectMode.ephemeral) -> None:
+    """Run two iterations on real digits, from 100 labels: minutes on a CPU."""
+    run("digits", None, store, "nothing", "", prefect)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    store: StoreOption = "nst-store",
+    rerun: RerunOption = "nothing",
+    scale: ScaleOption = "",
+    prefect: PrefectOption = PrefectMode.ephemeral,
+) -> None:
+    """Run an experiment; what is in the store already is reused.
+
+    Example: nst run cifar10 data.root=../shared/data --scale smoke
+    """
+    from flows.console import make_display
+
+    choice = Rerun.parse(rerun)
+    load_experiment(recipe, overrides or (), scale)  # a typo ends here, before Prefect starts
+    store_root = Store(store)
+    store_root.check_writable()
+    display = make_display(console)
+    if prefect is PrefectMode.off:
+        name = _run_plain(recipe, overrides or [], store_root, choice, scale, display)
+    else:
+        _set_up_prefect(prefect)
+        from flows.iteration import noisy_student, show_on
+
+        show_on(display)
+        iteration = -1 if choice.iteration is None else choice.iteration
+        role: Any = choice.role or "nothing"
+        name = noisy_student(recipe, overrides or [], store_root.url, role, iteration, scale)
+    _print_results(store_root, name, as_json=False)
+    report = _node_manifest(store_root, name, "report")
+    if report is not None:
+        console.print(f"report: {store_root.local_path(report.file('report.html').path)}", highlight=False)
+    console.print(f"again:  nst results {name} --store {store}", highlight=False)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    store: StoreOption = "nst-store",
+    rerun: RerunOption = "nothing",
+    scale: ScaleOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Print what a run would do and why, without doing anything.
+
+    Example: nst plan digits select.min_confidence=0.5
+    """
+    from flows.plan import make_plan
+
+    experiment = load_experiment(recipe, overrides or (), scale)
+    rows = make_plan(resolve_run(experiment, recipe, Store(store), Rerun.parse(rerun)))
+    if as_json:
+        print(json.dumps([row.__dict__ for row in rows], indent=1))
+        return
+    table = Table(box=None)
+    for name in ("stage", "key", "", "why"):
+        table.add_column(name)
+    for row in rows:
+        style = "green" if row.status == "reused" else "yellow"
+        table.add_row(row.name, row.key[:12], f"[{style}]{row.status}[/]", escape("; ".join(row.reasons)))
+    console.print(table)
+    num_running = sum(row.status != "reused" for row in rows)
+    console.print(f"{num_running} of {len(rows)} stages would run, {len(rows) - num_running} are reused", highlight=False)
+
+
+@app.command()
+def results(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="An experiment (its newest run) or EXPERIMENT/N.")],
+    store: StoreOption = "nst-store",
+    as_json: JsonOption = False,
+) -> None:
+    """Print the table of a run: one record a model.
+
+    Example: nst results digits --json --store demo-store
+    """
+    _print_results(Store(store), run_name, as_json)
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="prepare, report, or ITERATION/ROLE such as 2/select.")],
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    store: StoreOption = "nst-store",
+    scale: ScaleOption = "",
+    prefect: PrefectOption = PrefectMode.ephemeral,
+) -> None:
+    """Run one stage of an experiment; its inputs must be in the store.
+
+    Example: nst stage 1/select digits
+    """
+    from flows.console import make_display
+
+    load_experiment(recipe, overrides or (), scale)
+    if prefect is PrefectMode.off:
+        _stage_plain(name, recipe, overrides or [], Store(store), scale)
+        return
+    _set_up_prefect(prefect)
+    from flows.iteration import show_on
+    from flows.stages import single_stage
+
+    show_on(make_display(console))
+    single_stage(name, recipe, overrides or [], Store(store).url, scale)
+
+
+@app.command()
+def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
+    """List the artifacts of a store."""
+    manifests = list_artifacts(Store(store))
+    if as_json:
+        print(json.dumps([m.model_dump(mode="json", include={"kind", "key", "stage", "inputs"}) for m in manifests], indent=1))
+        return
+    table = Table(box=None)
+    for column in ("kind", "key", "created", "files", "bytes"):
+        table.add_column(column)
+    for m in manifests:
+        size = sum(entry.bytes for entry in m.files)
+        table.add_row(m.kind, m.key, str(m.provenance.get("created", "")), str(len(m.files)), f"{size:,}")
+    console.print(table)
+
+
+@app.command()
+def show(
+    ref: Annotated[str, typer.Argument(help="A ref such as digits/2/student, or digits/2/student@1 for an older one.")],
+    store: StoreOption = "nst-store",
+) -> None:
+    """Print an artifact's manifest."""
+    opened = Store(store)
+    target = resolve_ref(opened, ref)
+    manifest = find(opened, target.kind, target.key)
+    if manifest is None:
+        raise UserError(f"ref {ref} points at {target.kind} {target.key}, which is not in {opened.url}")
+    print(manifest.model_dump_json(indent=1))
+
+
+@app.command()
+def export(
+    ref: Annotated[str, typer.Argument(help="A model's ref, such as digits/2/student.")],
+    folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
+    store: StoreOption = "nst-store",
+) -> None:
+    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+    opened = Store(store)
+    target = resolve_ref(opened, ref)
+    manifest = find(opened, target.kind, target.key)
+    if manifest is None or manifest.kind != "model":
+        raise UserError(f"{ref} is no model in {opened.url}; give a teacher's or a student's ref, as `nst results` prints them")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"folder {folder} is not empty; give a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(opened.read_verified(manifest.file(name).path, manifest.file(name).sha256))
+    console.print(f'timm.create_model("local-dir:{folder}", pretrained=True)', highlight=False)
+
+
+def main() -> None:
+    """Entry of the command: one line for a mistake of the user's, the cause for everything else."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(EXIT_USER_ERROR)
+    except WorkerFailed as error:
+        errors.print(f"[red]failed:[/] {escape(str(error))}", highlight=False)
+        sys.exit(EXIT_FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("stopped; the same command goes on where it was")
+        sys.exit(EXIT_STOPPED)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own: a wrong option
+            errors.print(f"[red]error:[/] {escape(error.format_message())}; see nst --help", highlight=False)
+            sys.exit(EXIT_USER_ERROR)
+        raise
+
+
+def _exit_on_signal(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _set_up_prefect(mode: PrefectMode) -> None:
+    """Choose Prefect's API before Prefect is imported. Raises UserError where a server is asked for but not named."""
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    if mode is PrefectMode.ephemeral:
+        os.environ["PREFECT_API_URL"] = ""
+        os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what happened is on the display
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+        return
+    from prefect.settings import get_current_settings
+
+    if not get_current_settings().api.url:
+        raise UserError("--prefect server: no server is named; set PREFECT_API_URL (start one with `prefect server start`)")
+
+
+def _run_plain(recipe: str, overrides: list[str], store: Store, rerun: Rerun, scale: str, display: Any) -> str:
+    from flows.console import shown
+    from flows.driver import execute
+    from tasks.stage import StageOutcome, StageRequest, run_stage
+
+    run = resolve_run(load_experiment(recipe, overrides, scale), recipe, store, rerun)
+
+    def do_stage(request: StageRequest) -> StageOutcome:
+        return shown(request, display, lambda: run_stage(request, display.progress))
+
+    return execute(run, do_stage).name
+
+
+def _stage_plain(name: str, recipe: str, overrides: list[str], store: Store, scale: str) -> None:
+    from flows.console import make_display, shown
+    from flows.driver import execute_node, find_node
+    from tasks.stage import run_stage
+
+    display = make_display(console)
+    store.check_writable()
+    run: Run = resolve_run(load_experiment(recipe, overrides, scale), recipe, store, Rerun())
+    execute_node(run, find_node(run, name), lambda r: shown(r, display, lambda: run_stage(r, display.progress)))
+
+
+def _print_results(store: Store, run_name: str, as_json: bool) -> None:
+    record = read_run(store, run_name)
+    manifests = {n.name: m for n in record.nodes if (m := find(store, n.kind, n.key)) is not None}
+    records = result_records(record.experiment, manifests)
+    if as_json:
+        print(json.dumps(records, indent=1))
+        return
+    from flows.console import results_table
+
+    console.print(results_table(records, f"{record.name}: top-1 on the test set"))
+
+
+def _node_manifest(store: Store, run_name: str, node: str) -> Any:
+    record = read_run(store, run_name).node(node)
+    return find(store, record.kind, record.key) if record else None
+
+
+if __name__ == "__main__":
+    main()

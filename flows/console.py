@@ -1,0 +1,143 @@
+"""What a person sees while a run works: stage, done / total, images/s, time left; and the tables at the end."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tasks.stage import StageOutcome, StageRequest
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Display(Protocol):
+    """Shows a run. One stage at a time."""
+
+    def stage_started(self, name: str) -> None: ...
+
+    def progress(self, progress: dict[str, Any]) -> None: ...
+
+    def stage_ended(self, name: str, outcome: StageOutcome | None) -> None: ...
+
+
+class PlainDisplay:
+    """Lines of text, for logs and pipes: a stage's start, a line every ten seconds, its end."""
+
+    def __init__(self, write: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
+        self._write = write
+        self._name, self._started, self._last = "", 0.0, 0.0
+        self._first_done: int | None = None
+
+    def stage_started(self, name: str) -> None:
+        """Say which stage begins."""
+        self._name, self._started, self._first_done = name, time.monotonic(), None
+        self._last = self._started
+
+    def progress(self, progress: dict[str, Any]) -> None:
+        """A line now and then."""
+        now, done, total = time.monotonic(), progress["done"], progress["total"]
+        if self._first_done is None:
+            self._first_done, self._started = done, now
+        if now - self._last < PLAIN_INTERVAL_S or now == self._started:
+            return
+        self._last = now
+        rate = (done - self._first_done) / (now - self._started)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        self._write(f"{self._name}: {done} of {total} {progress['unit']}, {rate:.0f} {progress['unit']}/s{left}")
+
+    def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
+        """One line with what came out."""
+        self._write(f"{name}: {describe(outcome) if outcome else 'failed'}")
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        """Units a second."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="cyan")
+
+
+class RichDisplay:
+    """A live progress bar for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task: TaskID | None = None
+
+    def stage_started(self, name: str) -> None:
+        """Show the stage with an empty bar."""
+        self._progress.start()
+        self._task = self._progress.add_task(f"{name:<12}", total=None, unit="images")
+
+    def progress(self, progress: dict[str, Any]) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=progress["done"], total=progress["total"], unit=progress["unit"])
+
+    def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
+        """Replace the bar by one line."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self._progress.stop()
+        mark = "[red]failed" if outcome is None else "[dim]reused[/] " if outcome.reused else "[green]done[/]   "
+        self._console.print(f"{name:<12} {mark} {describe(outcome) if outcome else ''}", highlight=False)
+
+
+def shown(request: StageRequest, display: Display, work: Callable[[], StageOutcome]) -> StageOutcome:
+    """Do a stage between its start and its end on the display."""
+    outcome = None
+    display.stage_started(request.record.name)
+    try:
+        outcome = work()
+        return outcome
+    finally:
+        display.stage_ended(request.record.name, outcome)
+
+
+def make_display(console: Console) -> Display:
+    """A live display in a terminal, lines elsewhere."""
+    return RichDisplay(console) if sys.stdout.isatty() else PlainDisplay()
+
+
+def describe(outcome: StageOutcome) -> str:
+    """One line on what a stage made."""
+    manifest, metrics = outcome.manifest, outcome.manifest.metrics
+    facts = {
+        "dataset": lambda: ", ".join(f"{metrics[s]['images']:,} {s}" for s in ("labeled", "val", "test", "unlabeled")),
+        "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
+        "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
+        "selection": lambda: f"{metrics['kept']:,} kept, {metrics['dropped']:,} dropped, {metrics['duplicated']:,} duplicated",
+        "evaluation": lambda: f"test top-1 {metrics['test']['top1']:.2%}",
+        "report": lambda: manifest.file("report.html").path,
+    }[manifest.kind]()
+    seconds = "" if outcome.reused else f" in {manifest.provenance['seconds']:.0f} s"
+    return f"{'reused ' if outcome.reused else ''}{manifest.kind} {manifest.key[:12]}: {facts}{seconds}"
+
+
+def results_table(records: list[dict[str, Any]], title: str) -> Table:
+    """The table of a run, one row a model."""
+    table = Table(title=title, title_justify="left")
+    with_top5 = any(record["top5"] is not None for record in records)
+    names = ["iteration", "role", "top-1", *(["top-5"] if with_top5 else []), "gain", "kept", "dropped", "duplicated", "ref"]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("role", "ref") else "right")
+    first = next((record["top1"] for record in records if record["top1"] is not None), None)
+    for record in records:
+        top1 = record["top1"]
+        gain = "" if top1 is None or first is None or record["role"] == "teacher" else f"{100 * (top1 - first):+.2f}"
+        shares = [_percent(top1), *([_percent(record["top5"])] if with_top5 else [])]
+        counts = ["-" if record[name] is None else f"{record[name]:,}" for name in ("kept", "dropped", "duplicated")]
+        table.add_row(str(record["iteration"]), record["role"], *shares, gain, *counts, record["ref"])
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

@@ -1,0 +1,166 @@
+"""One run of an experiment, whoever asks for it: record it, check it against the data, do stage after stage.
+
+Knows neither Prefect nor the terminal: `do_stage` says how a stage is carried out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flows.experiment import Experiment
+from flows.graph import ROLES, STAGES, Node, build_graph, resolve_keys
+from models.compute import LocalEngine
+from storage.artifacts import Manifest, find
+from storage.errors import UserError
+from storage.objects import Store
+from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
+from tasks.prepare import fingerprint, open_source
+from tasks.sources import SourceFile
+from tasks.stage import StageOutcome, StageRequest, missing_inputs
+from tasks.train import check_batches
+
+DoStage = Callable[[StageRequest], StageOutcome]
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A forced rerun: a role, of one iteration or of all; the empty role forces nothing."""
+
+    role: str = ""
+    iteration: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Rerun":
+        """`select` or `2/select`. Raises UserError naming the stages there are."""
+        if text in ("", "nothing"):
+            return cls()
+        iteration, _, role = text.rpartition("/")
+        if role not in ROLES or (iteration and not iteration.isdigit()):
+            raise UserError(f"--rerun {text}: no such stage; choose from {', '.join(ROLES)}, or of one iteration: 2/select")
+        return cls(role, int(iteration) if iteration else None)
+
+    def covers(self, node: Node) -> bool:
+        """Whether this node is to be made anew."""
+        iteration = node.name.rpartition("/")[0]
+        return bool(self.role) and node.role == self.role and self.iteration in (None, int(iteration or -1))
+
+
+@dataclass
+class Run:
+    """An experiment made concrete: its nodes with their keys, and the sources' listing."""
+
+    experiment: Experiment
+    recipe: str
+    store: Store
+    nodes: list[Node]
+    records: dict[str, NodeRecord]
+    sources: list[SourceFile]
+    prefect_run: str = ""
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    def draft_record(self) -> RunRecord:
+        """The run record, not yet numbered."""
+        return RunRecord(
+            experiment=self.experiment.name,
+            number=0,
+            recipe=self.recipe,
+            config=self.experiment.model_dump(mode="json"),
+            sources={f"{file.split}: {file.name}": file.sha256[:16] for file in self.sources},
+            nodes=tuple(self.records[node.name] for node in self.nodes),
+            prefect_run=self.prefect_run,
+        )
+
+
+def resolve_run(experiment: Experiment, recipe: str, store: Store, rerun: Rerun, prefect_run: str = "") -> Run:
+    """List the sources and give every stage its key. Writes nothing.
+
+    Generations follow the newest run; `rerun` raises those it covers, once: a Prefect run that is retried goes on with
+    the generations that it recorded itself.
+    """
+    nodes = build_graph(experiment)
+    if rerun.role and not any(rerun.covers(node) for node in nodes):
+        named = ", ".join(node.name for node in nodes)
+        raise UserError(f"--rerun: this experiment has no such stage; it has {named}")
+    latest = latest_run(store, experiment.name)
+    generations = dict(latest.generations) if latest else {}
+    retried = latest is not None and prefect_run != "" and latest.prefect_run == prefect_run
+    if not retried:
+        for node in nodes:
+            if rerun.covers(node):
+                generations[node.name] = generations.get(node.name, 0) + 1
+    sources = open_source(experiment.data).files()
+    records = resolve_keys(nodes, fingerprint(sources), generations)
+    return Run(experiment, recipe, store, nodes, {r.name: r for r in records}, sources, prefect_run)
+
+
+def find_node(run: Run, name: str) -> Node:
+    """The stage of that name. Raises UserError naming those there are."""
+    for node in run.nodes:
+        if node.name == name:
+            return node
+    raise UserError(f"this experiment has no stage {name!r}; it has {', '.join(node.name for node in run.nodes)}")
+
+
+def execute(run: Run, do_stage: DoStage) -> RunRecord:
+    """Do every stage in order, check what can be checked before training, and set the refs."""
+    run.store.check_writable()
+    record = record_run(run.store, run.draft_record())
+    for node in run.nodes:
+        execute_node(run, node, do_stage)
+        if node.stage == "prepare":
+            preflight(run)
+    return record
+
+
+def execute_node(run: Run, node: Node, do_stage: DoStage) -> StageOutcome:
+    """Do one stage whose inputs are there. Raises UserError naming the stages to run first where they are not."""
+    by_name = {other.name: other for other in run.nodes}
+    kinds = {role: STAGES[by_name[name].stage].kind for role, name in node.inputs.items()}
+    missing = missing_inputs(run.store, run.records[node.name], kinds)
+    if missing:
+        first = ", ".join(node.inputs[role] for role in missing)
+        raise UserError(f"{node.name} needs {first}, not made yet for this config; run that first, or `nst run`")
+    stage = STAGES[node.stage]
+    outcome = do_stage(
+        StageRequest(
+            store=run.store.url,
+            record=run.records[node.name],
+            stage=stage,
+            config=node.config,
+            input_kinds=kinds,
+            compute=run.experiment.compute,
+            prefect_run=run.prefect_run,
+        )
+    )
+    run.manifests[node.name] = outcome.manifest
+    set_ref(run.store, f"{run.experiment.name}/{node.name}", stage.kind, outcome.manifest.key)
+    return outcome
+
+
+def preflight(run: Run) -> None:
+    """Check every network against the data and against each other, before the first of them is trained.
+
+    Raises UserError on a batch larger than the data, a network that timm cannot build, a student smaller than its
+    teacher. Skipped where every network is there already.
+    """
+    training = [node for node in run.nodes if node.stage == "train"]
+    if all(find(run.store, "model", run.records[node.name].key) is not None for node in training):
+        return
+    data = run.manifests["prepare"]
+    networks = run.experiment.networks()
+    for field_name, config in networks.items():
+        check_batches(config, field_name, data)
+    spec = {
+        "models": {f"{name}.model": config.model.model_dump(mode="json") for name, config in networks.items()},
+        "num_classes": len(data.metrics["class_names"]),
+    }
+    engine = LocalEngine(run.experiment.compute)
+    counts = engine.map("models.zoo:inspect_models", [spec], lambda progress: None)[0]["num_parameters"]
+    teacher = "teacher"
+    for number, student in enumerate(run.experiment.iterations, start=1):
+        own, others = counts[f"iterations.{number}.model"], counts[f"{teacher}.model"]
+        if own < others and not student.allow_smaller:
+            raise UserError(
+                f"iterations.{number}.model: this student has {own:,} parameters, its teacher ({teacher}) {others:,}; the "
+                "method wants an equal or larger student. Choose a larger network or set student.allow_smaller=true"
+            )
+        teacher = f"iterations.{number}"

@@ -1,0 +1,150 @@
+"""The config of a whole run: a recipe (YAML) with dotted overrides -> a typed, cross-checked `Experiment`.
+
+A recipe's `train` part is common to all networks; `teacher`, `student` and `selector` add to it, and each entry of
+`iterations` adds to `student`. Iterations count from 1, as in refs: `iterations.2.batch_ratio=28` is `NAME/2/student`.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from flows.overrides import apply_override, explain, split_override
+from models.compute import ComputeConfig
+from models.configs import TrainConfig
+from storage.errors import UserError
+from storage.keys import Config
+from tasks.evaluate import EvaluateConfig
+from tasks.label import LabelConfig
+from tasks.prepare import PrepareConfig
+from tasks.select import SelectConfig
+
+RECIPES = Path(__file__).resolve().parent.parent / "deployments" / "recipes"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+TRAIN_PARTS = ("teacher", "student", "selector")
+
+
+class Recipe(Config):
+    """The form of a recipe file, before inheritance is resolved. For checking names and types of overrides."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="of the experiment: its runs and refs carry it")
+    description: str = ""
+    data: PrepareConfig = PrepareConfig()
+    train: TrainConfig
+    teacher: TrainConfig
+    student: TrainConfig
+    selector: TrainConfig
+    iterations: tuple[TrainConfig, ...]
+    order: Literal["each_iteration", "once"] = "each_iteration"
+    label: LabelConfig = LabelConfig()
+    select: SelectConfig = SelectConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compute: ComputeConfig = ComputeConfig()
+    scales: dict[str, dict[str, Any]] = {}
+
+
+class Experiment(Config):
+    """A whole run: a teacher, then one student an iteration, each the teacher of the next."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    description: str = ""
+    data: PrepareConfig = PrepareConfig()
+    teacher: TrainConfig
+    iterations: tuple[TrainConfig, ...] = Field(min_length=1, max_length=100)
+    selector: TrainConfig | None = Field(None, description="order=once: the network that scores all images; null: the teacher")
+    order: Literal["each_iteration", "once"] = Field(
+        "each_iteration",
+        description="each_iteration: every teacher labels all images and they are selected anew; once (the paper's): a "
+        "selecting model scores all images once, each teacher labels only the selected ones",
+    )
+    label: LabelConfig = LabelConfig()
+    select: SelectConfig = SelectConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> "Experiment":
+        for field, config in self.networks().items():
+            if config.replicas % self.compute.ranks:
+                raise ValueError(
+                    f"compute.ranks={self.compute.ranks} does not divide {field}.replicas={config.replicas}; "
+                    "set compute.ranks to a divisor of it"
+                )
+        if self.selector is not None and self.order != "once":
+            raise ValueError("selector is set, but only order=once uses one; remove it or set order=once")
+        return self
+
+    def networks(self) -> dict[str, TrainConfig]:
+        """Every network that is trained, by its place in the recipe: teacher, selector, iterations.1 and so on."""
+        found = {"teacher": self.teacher}
+        if self.selector is not None:
+            found["selector"] = self.selector
+        return {**found, **{f"iterations.{i}": config for i, config in enumerate(self.iterations, start=1)}}
+
+
+def load_experiment(recipe: str, overrides: Sequence[str] = (), scale: str = "") -> Experiment:
+    """Read a recipe (a path, or the name of a shipped one), apply a scale and overrides, check everything.
+
+    Touches nothing but the recipe file. Raises UserError naming file, field and remedy.
+    """
+    path = find_recipe(recipe)
+    raw = _read_yaml(path)
+    scales = raw.pop("scales", {})
+    if scale:
+        if scale not in scales:
+            raise UserError(f"{path.name}: no scale {scale!r}; it offers {', '.join(scales) or 'none'}")
+        for dotted, value in scales[scale].items():
+            apply_override(Recipe, raw, dotted, value, path.name)
+    for text in overrides:
+        dotted, value = split_override(text)
+        apply_override(Recipe, raw, dotted, value, "override")
+    return resolve(raw, path.name)
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one. Raises UserError naming those there are."""
+    for candidate in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise UserError(f"recipe {recipe!r} is no file and no shipped recipe; shipped: {shipped}")
+
+
+def resolve(raw: dict[str, Any], where: str) -> Experiment:
+    """Carry out the inheritance of a recipe and check the result. Raises UserError naming the field."""
+    fields = {name: value for name, value in raw.items() if name not in ("train", "iterations", *TRAIN_PARTS)}
+    common = raw.get("train") or {}
+    iterations = raw.get("iterations", [{}])
+    if not isinstance(iterations, list) or not all(isinstance(entry, (dict, type(None))) for entry in iterations):
+        raise UserError(f"{where}: iterations must be a list with one entry a student, e.g. [{{}}, {{batch_ratio: 28}}]")
+    student = merge(common, raw.get("student") or {})
+    fields["teacher"] = merge(common, raw.get("teacher") or {})
+    fields["iterations"] = [merge(student, entry or {}) for entry in iterations]
+    if raw.get("selector"):
+        fields["selector"] = merge(common, raw["selector"])
+    try:
+        return Experiment.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(explain(error, Experiment, where)) from None
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `top` laid over it, section by section."""
+    merged = copy.deepcopy(base)
+    for name, value in top.items():
+        below = merged.get(name)
+        merged[name] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else copy.deepcopy(value)
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is empty or no mapping; a recipe needs at least name, data, train, iterations")
+    return raw

@@ -1,0 +1,112 @@
+"""The graph of an experiment: which stages, with which config, from which inputs; and their keys, before anything runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flows.experiment import Experiment
+from models.configs import TrainConfig
+from storage.keys import Config, artifact_key
+from storage.runs import NodeRecord
+from tasks import evaluate, label, prepare, report, select, train
+from tasks.contract import Stage
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prepare", prepare.VERSION, "dataset", prepare.PrepareConfig, prepare.prepare),
+        Stage("train", train.VERSION, "model", TrainConfig, train.train),
+        Stage("label", label.VERSION, "labels", label.LabelConfig, label.label),
+        Stage("select", select.VERSION, "selection", select.SelectConfig, select.select),
+        Stage("evaluate", evaluate.VERSION, "evaluation", evaluate.EvaluateConfig, evaluate.evaluate),
+        Stage("report", report.VERSION, "report", report.ReportConfig, report.report),
+    )
+}
+ROLES = ("prepare", "teacher", "selector", "label", "select", "student", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of an experiment. Its name is `prepare`, `report` or `<iteration>/<role>`; inputs are names of nodes."""
+
+    name: str
+    stage: str
+    config: Config
+    inputs: dict[str, str]
+
+    @property
+    def role(self) -> str:
+        """The part of the name that `--rerun` takes: teacher, label, select and so on."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def section(self) -> str:
+        """Where the node's config stands in a recipe, for messages: `teacher`, `iterations.2`, `select`."""
+        iteration, _, role = self.name.rpartition("/")
+        sections = {"prepare": "data", "student": f"iterations.{iteration}"}
+        return sections.get(role, role)
+
+
+def build_graph(experiment: Experiment) -> list[Node]:
+    """The nodes in an order in which each follows its inputs."""
+    teacher = experiment.teacher.as_teacher()
+    nodes = [
+        Node("prepare", "prepare", experiment.data, {}),
+        Node("0/teacher", "train", teacher, {"data": "prepare"}),
+        _evaluation(experiment, 0, "teacher"),
+    ]
+    model = "0/teacher"
+    if experiment.order == "once":
+        selector = model
+        if experiment.selector is not None:
+            selector = "0/selector"
+            nodes.append(Node(selector, "train", experiment.selector.as_teacher(), {"data": "prepare"}))
+        nodes.append(Node("0/label", "label", experiment.label, {"data": "prepare", "model": selector}))
+        nodes.append(Node("0/select", "select", experiment.select, {"data": "prepare", "labels": "0/label"}))
+    for number, student in enumerate(experiment.iterations, start=1):
+        inputs = {"data": "prepare", "model": model}
+        if experiment.order == "once":
+            nodes.append(Node(f"{number}/label", "label", experiment.label, {**inputs, "selection": "0/select"}))
+            sources = {"selection": "0/select", "labels": f"{number}/label"}
+        else:
+            nodes.append(Node(f"{number}/label", "label", experiment.label, inputs))
+            chosen = {"data": "prepare", "labels": f"{number}/label"}
+            nodes.append(Node(f"{number}/select", "select", experiment.select, chosen))
+            sources = {"selection": f"{number}/select"}
+        nodes.append(Node(f"{number}/student", "train", student, {"data": "prepare", **sources}))
+        nodes.append(_evaluation(experiment, number, "student"))
+        model = f"{number}/student"
+    everything = {node.name: node.name for node in nodes}
+    nodes.append(Node("report", "report", report.ReportConfig(experiment=experiment.name), everything))
+    return nodes
+
+
+def resolve_keys(nodes: list[Node], source_fingerprint: str, generations: Mapping[str, int]) -> list[NodeRecord]:
+    """The identity of each node, in the order of `nodes`."""
+    keys: dict[str, str] = {}
+    records = []
+    for node in nodes:
+        stage = STAGES[node.stage]
+        inputs = {role: keys[name] for role, name in node.inputs.items()}
+        if node.stage == "prepare":
+            inputs["source"] = source_fingerprint
+        generation = generations.get(node.name, 0)
+        config = node.config.key_fields()
+        keys[node.name] = artifact_key(stage.name, stage.version, config, inputs, generation)
+        records.append(
+            NodeRecord(
+                name=node.name,
+                stage=stage.name,
+                kind=stage.kind,
+                key=keys[node.name],
+                version=stage.version,
+                generation=generation,
+                config=config,
+                inputs=inputs,
+            )
+        )
+    return records
+
+
+def _evaluation(experiment: Experiment, number: int, role: str) -> Node:
+    inputs = {"data": "prepare", "model": f"{number}/{role}"}
+    return Node(f"{number}/evaluate", "evaluate", experiment.evaluate, inputs)

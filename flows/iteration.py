@@ -1,0 +1,52 @@
+"""The experiment's loop as a Prefect flow: teacher, then label, select, student, evaluate for each iteration, report.
+
+Run from code: `noisy_student(recipe="digits", overrides=[], store="nst-store", rerun="nothing")`.
+"""
+
+from typing import Any, Literal
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows.console import Display, PlainDisplay, shown
+from flows.driver import Rerun, Run, execute, resolve_run
+from flows.experiment import load_experiment
+from storage.objects import Store
+from tasks.stage import StageOutcome, StageRequest, stage_task
+
+RerunChoice = Literal["nothing", "prepare", "teacher", "selector", "label", "select", "student", "evaluate", "report"]
+_display: list[Display] = []
+
+
+def show_on(display: Display) -> None:
+    """Have the flows of this process report to a display instead of their run's log."""
+    _display[:] = [display]
+
+
+@flow(name="noisy-student", flow_run_name="{recipe}", persist_result=False)
+def noisy_student(
+    recipe: str = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own"),
+    overrides: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30"),
+    store: str = Field("nst-store", title="Store", description="Root URL of the artifacts: file:///... or a folder"),
+    rerun: RerunChoice = Field("nothing", title="Rerun", description="Make this stage, and all that follows, anew"),
+    rerun_iteration: int = Field(-1, title="Rerun iteration", description="Only this iteration's; -1: of all", ge=-1),
+    scale: str = Field("", title="Scale", description="A scale that the recipe offers, e.g. smoke; empty: in full"),
+) -> str:
+    """A whole Noisy Student experiment; stages that are in the store are reused. Returns the name of the run's record."""
+    experiment = load_experiment(recipe, overrides, scale)
+    choice = Rerun("" if rerun == "nothing" else rerun, None if rerun_iteration < 0 else rerun_iteration)
+    run = resolve_run(experiment, recipe, Store(store), choice, str(flow_run.id or ""))
+    return execute(run, prefect_stage(run)).name
+
+
+def prefect_stage(run: Run) -> Any:
+    """How a stage is carried out under Prefect: as a task, reporting to the display or the run's log."""
+    stage = stage_task()
+    display = _display[0] if _display else PlainDisplay(get_run_logger().info)
+    on_log = (lambda line: None) if _display else get_run_logger().info
+
+    def do_stage(request: StageRequest) -> StageOutcome:
+        return shown(request, display, lambda: stage(request.record.name, request, display.progress, on_log))
+
+    return do_stage

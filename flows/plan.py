@@ -1,0 +1,102 @@
+"""`nst plan`: what a run would do, stage by stage, and why, without doing anything. Imports no torch and no Prefect."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from flows.driver import Run
+from flows.graph import STAGES, Node
+from models.launch import code_state
+from storage.artifacts import Manifest, find
+from storage.runs import NodeRecord, RunRecord, latest_run
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One stage: its key, whether it is there (`reused`) or `will run`, and why."""
+
+    name: str
+    key: str
+    status: str
+    reasons: tuple[str, ...]
+
+
+def make_plan(run: Run) -> list[PlanRow]:
+    """Compare the run with the store and with the experiment's newest run record."""
+    previous = latest_run(run.store, run.experiment.name)
+    rows: list[PlanRow] = []
+    changed: set[str] = set()
+    for node in run.nodes:
+        record = run.records[node.name]
+        before = previous.node(node.name) if previous else None
+        if before is None or before.key != record.key:
+            changed.add(node.name)
+        manifest = find(run.store, record.kind, record.key)
+        if manifest is not None:
+            rows.append(PlanRow(node.name, record.key, "reused", _notes(manifest)))
+            continue
+        rows.append(PlanRow(node.name, record.key, "will run", _reasons(run, node, record, before, previous, changed)))
+    return rows
+
+
+def _notes(manifest: Manifest) -> tuple[str, ...]:
+    """What to know of an artifact that is reused: that other code made it."""
+    made_by, now = manifest.provenance.get("code", {}), code_state()
+    if not made_by.get("commit") or made_by == now:
+        return ()
+    return (f"made by code {made_by['commit'][:10]}{' with changes' if made_by['dirty'] else ''}",)
+
+
+def _reasons(
+    run: Run, node: Node, record: NodeRecord, before: NodeRecord | None, previous: RunRecord | None, changed: set[str]
+) -> tuple[str, ...]:
+    """Why a stage has to run, by name: fields, files, inputs, version, rerun."""
+    if before is None or previous is None:
+        return ("never run before",)
+    if before.key == record.key:
+        return ("was not finished",)
+    reasons = _config_changes(node, before)
+    if before.version != record.version:
+        reasons.append(f"stage {record.stage} changed: version {before.version} -> {record.version}")
+    if before.generation != record.generation:
+        reasons.append(f"rerun asked for: generation {before.generation} -> {record.generation}")
+    if node.stage == "prepare" and before.inputs != record.inputs:
+        reasons += _source_changes(run, previous)
+    for name in node.inputs.values():
+        if name in changed and node.stage != "report":
+            reasons.append(f"input {name} is new")
+    if node.stage == "report" and not reasons:
+        reasons.append("its inputs are new")
+    return tuple(reasons) or ("its inputs changed",)
+
+
+def _config_changes(node: Node, before: NodeRecord) -> list[str]:
+    """The fields that differ, named as in a recipe, with old and new value."""
+    try:
+        old = _flatten(STAGES[node.stage].config.model_validate(before.config).model_dump(mode="json"))
+    except ValidationError:  # written by another version of the program
+        old = _flatten(before.config)
+    new = _flatten(node.config.model_dump(mode="json"))
+    skipped = node.config.not_in_key
+    names = [name for name in sorted(old.keys() | new.keys()) if name.split(".")[0] not in skipped]
+    return [f"{node.section}.{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def _source_changes(run: Run, previous: RunRecord) -> list[str]:
+    """The files that are new, changed or gone since the last run."""
+    now = run.draft_record().sources
+    changes = [f"file {name} is new" for name in sorted(now.keys() - previous.sources.keys())]
+    changes += [f"file {name} is gone" for name in sorted(previous.sources.keys() - now.keys())]
+    both = sorted(now.keys() & previous.sources.keys())
+    return changes + [f"file {name} changed" for name in both if now[name] != previous.sources[name]]
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, dict):
+            flat.update(_flatten(item, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = item
+    return flat

@@ -1,0 +1,1 @@
+"""Everything torch: networks, noise, loader, training, inference; and `launch`, the one module that starts processes."""

@@ -1,0 +1,118 @@
+"""The compute seam: `map` for independent pieces of work, `gang` for ranks that work together.
+
+Both take a function's name and JSON specs (with the store's URL in them): no closures or open handles cross, so that
+another engine can run the same functions on other machines.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from models.launch import Record, run_worker
+from storage.keys import Config
+
+Spec = dict[str, Any]
+OnProgress = Callable[[dict[str, Any]], None]
+
+
+class ComputeConfig(Config):
+    """Where and how fast the work runs. Nothing here enters a key: results do not depend on it."""
+
+    engine: Literal["local"] = "local"
+    processes: int = Field(0, ge=0, description="worker processes of map; 0: one a core, or one a GPU for inference")
+    ranks: int = Field(1, ge=1, description="DDP processes of a training; must divide train.replicas")
+    threads: int = Field(0, ge=0, description="torch threads of each DDP rank; 0: cores / ranks")
+    loader_workers: int = Field(1, ge=0, description="processes that decode and noise images, a rank")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    inference_batch: int = Field(64, ge=1, description="images of an inference batch; the last one is padded to it")
+    shards_per_task: int = Field(16, ge=1, description="shards that one inference process takes at once, at most")
+    checkpoint_steps: int = Field(500, ge=1, description="training steps between two checkpoints")
+
+
+class Engine(Protocol):
+    """The two calls that every engine offers."""
+
+    @property
+    def processes(self) -> int:
+        """How many pieces of work `map` does at once."""
+        ...
+
+    def map(self, function: str, specs: Sequence[Spec], on_progress: OnProgress) -> list[dict[str, Any]]:
+        """Run `function` on each spec, in any order and in parallel; results in the order of the specs."""
+        ...
+
+    def gang(self, function: str, spec: Spec, world: int, on_progress: OnProgress) -> dict[str, Any]:
+        """Run `function` in `world` ranks that may speak to each other; rank 0's result."""
+        ...
+
+
+class LocalEngine:
+    """This machine: a pool of child processes for `map`, torch elastic for `gang`."""
+
+    def __init__(self, config: ComputeConfig, on_log: Callable[[str], None] = lambda line: None) -> None:
+        self._config = config
+        self._on_log = on_log
+
+    def map(self, function: str, specs: Sequence[Spec], on_progress: OnProgress) -> list[dict[str, Any]]:
+        """One child a spec, `compute.processes` at a time, each with one thread (threads change bits)."""
+        totals = _Totals(len(specs), on_progress)
+        stop = threading.Event()
+
+        def run(number: int) -> dict[str, Any]:
+            return run_worker(
+                function, specs[number], on_record=totals.listener(number), on_log=self._on_log, stop=stop
+            )
+
+        with ThreadPoolExecutor(self.processes) as pool:
+            futures = [pool.submit(run, number) for number in range(len(specs))]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # a failure or Ctrl-C ends the others too
+                stop.set()
+        for future in done:
+            future.result()  # raises the first failure, not those of the children that it ended
+        return [future.result() for future in futures]
+
+    def gang(self, function: str, spec: Spec, world: int, on_progress: OnProgress) -> dict[str, Any]:
+        """`world` ranks of this machine; one rank runs without an agent."""
+        threads = self._config.threads or max(1, num_cores() // world)
+        totals = _Totals(1, on_progress)
+        return run_worker(
+            function, spec, world=world, threads=threads, on_record=totals.listener(0), on_log=self._on_log
+        )
+
+    @property
+    def processes(self) -> int:
+        """How many children `map` runs at once."""
+        return self._config.processes or num_cores()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Totals:
+    """Adds up the progress of several children."""
+
+    def __init__(self, num: int, on_progress: OnProgress) -> None:
+        self._latest: list[dict[str, Any]] = [{} for _ in range(num)]
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+
+    def listener(self, number: int) -> Callable[[Record], None]:
+        def listen(record: Record) -> None:
+            progress = record.get("progress")
+            if progress is None:
+                return
+            with self._lock:
+                self._latest[number] = progress
+                sums = {field: sum(p.get(field, 0) for p in self._latest) for field in ("done", "total")}
+                self._on_progress({**progress, **sums})
+
+        return listen

@@ -1,0 +1,124 @@
+"""The settings of a network and its training, as types. Without torch: `nst plan` reads these.
+
+Defaults are the paper's (section 4.1, `EfficientNet`) where it states them.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from storage.keys import Config
+
+PAPER_OPS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color",
+    "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)  # fmt: skip
+RELEASED_OPS = (*PAPER_OPS, "SolarizeAdd", "Cutout")  # what the authors' code has beyond the paper's list
+
+
+class NoiseConfig(Config):
+    """Input noise: a random crop and flip, then RandAugment, then at will a fixed cutout."""
+
+    crop: Literal["none", "pad", "resized"] = Field(
+        "resized", description="none: center; pad: reflect-pad and random crop; resized: random area and aspect"
+    )
+    pad_px: int = Field(4, ge=0, description="padding of crop=pad, in pixels a side")
+    min_area: float = Field(0.08, gt=0, le=1, description="least area of crop=resized, as a share of the image")
+    flip: bool = Field(True, description="mirror left-right with probability 0.5")
+    num_ops: int = Field(2, ge=0, le=16, description="RandAugment operations an image, N; 0 switches it off")
+    magnitude: float = Field(9.0, ge=0, le=30, description="RandAugment magnitude, M; may go past 10 (B7: 27)")
+    ops: tuple[str, ...] = Field(PAPER_OPS, min_length=1, description="the operations to draw from")
+    translate_px: float = Field(100.0, ge=0, description="pixels that TranslateX/Y move at magnitude 10")
+    cutout_px: float = Field(40.0, ge=0, description="half-side in pixels of the Cutout operation at magnitude 10")
+    patch_px: int = Field(0, ge=0, description="half-side in pixels of one fixed cutout at the end; 0: none")
+
+    @model_validator(mode="after")
+    def _known_ops(self) -> "NoiseConfig":
+        unknown = sorted(set(self.ops) - set(RELEASED_OPS))
+        if unknown:
+            raise ValueError(f"unknown operations {', '.join(unknown)}; choose from {', '.join(RELEASED_OPS)}")
+        return self
+
+
+class ModelConfig(Config):
+    """A timm network, its arguments and its input."""
+
+    name: str = Field(min_length=1, description="timm's name of the network")
+    args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
+    image_size: int = Field(224, ge=8, le=4096, description="height and width of the input, in pixels")
+    crop_pct: float = Field(1.0, gt=0, le=1, description="share of the shorter side that the clean view's center crop keeps")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of the RGB channels in [0, 1]")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="of the RGB channels in [0, 1]")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: drop rate of the last block, linear from 0")
+
+
+class OptimizerConfig(Config):
+    """RMSProp in TensorFlow's form by default, as in the paper; any of timm's optimizers by name."""
+
+    name: str = "rmsproptf"
+    lr_per_256: float = Field(0.016, gt=0, description="peak learning rate per 256 labeled images of the global batch")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    decay: float = Field(0.9, gt=0, lt=1, description="RMSProp's decay of the squared gradient")
+    eps: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-5, ge=0, description="not applied to biases and batch norm")
+
+
+class ScheduleConfig(Config):
+    """Learning rate by labeled epoch: linear warm-up, then steps of x0.97 (the paper) or a cosine to zero."""
+
+    kind: Literal["exponential", "cosine"] = "exponential"
+    warmup_epochs: float = Field(5.0, ge=0)
+    decay_factor: float = Field(0.97, gt=0, le=1)
+    decay_epochs: float = Field(2.4, gt=0, description="epochs between two steps of the exponential decay")
+
+
+STUDENT_ONLY = ("batch_ratio", "unlabeled_noise", "pseudo_labels", "temperature", "loss", "allow_smaller")
+
+
+class TrainConfig(Config):
+    """One network's training, teacher or student. A teacher has no unlabeled part, so it ignores those fields."""
+
+    not_in_key: ClassVar[tuple[str, ...]] = ("allow_smaller",)
+
+    model: ModelConfig
+    epochs: float = Field(350.0, gt=0, description="passes over the labeled set")
+    labeled_batch: int = Field(2048, ge=1, description="labeled images of a global batch")
+    batch_ratio: float = Field(3.0, gt=0, description="unlabeled : labeled images of a batch")
+    replicas: int = Field(1, ge=1, description="micro-batches of a global batch, each with its own batch-norm statistics")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the weight average that predicts and is evaluated")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="on labels and hard pseudo labels; none on soft ones")
+    bn_momentum: float = Field(0.01, gt=0, le=1, description="torch's form: the share of the new batch")
+    noise: NoiseConfig = NoiseConfig()
+    unlabeled_noise: NoiseConfig | None = Field(None, description="null: the same noise as for labeled images")
+    pseudo_labels: Literal["soft", "hard"] = "soft"
+    temperature: float = Field(1.0, gt=0, description="soft labels are re-tempered as p^(1/T), renormalized")
+    loss: Literal["concatenated", "sum_of_means", "ratio_weighted"] = Field(
+        "concatenated", description="section 3.1; Algorithm 1; the released code"
+    )
+    shuffle_shards: int = Field(16, ge=1, description="shards among whose samples the order is shuffled")
+    num_validations: int = Field(10, ge=1, description="how often the average is measured on the validation set")
+    seed: int = Field(0, ge=0)
+    allow_smaller: bool = Field(False, description="let this student have fewer parameters than its teacher")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "TrainConfig":
+        if self.labeled_batch % self.replicas:
+            raise ValueError(f"labeled_batch={self.labeled_batch} does not divide into replicas={self.replicas} equal parts")
+        return self
+
+    def as_teacher(self) -> "TrainConfig":
+        """Without what only a student uses, so that changing it does not change a teacher's key."""
+        return TrainConfig.model_validate({k: v for k, v in self.model_dump().items() if k not in STUDENT_ONLY})
+
+    @property
+    def replica_labeled(self) -> int:
+        """Labeled images of one replica's micro-batch."""
+        return self.labeled_batch // self.replicas
+
+    @property
+    def replica_unlabeled(self) -> int:
+        """Unlabeled images of one replica's micro-batch, at least one."""
+        return max(1, round(self.replica_labeled * self.batch_ratio))

@@ -1,0 +1,177 @@
+"""Batches for training: a pure function of the step, built in loader processes.
+
+Position p of a stream is row `order.rows(p)` of its index, noised by a generator seeded with p. Batch `step` holds, for
+each replica, its share of labeled and unlabeled positions. So a loader may start at any step, in any process.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from models.configs import NoiseConfig, TrainConfig
+from models.noise import clean_view, noised_view
+from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
+from storage.artifacts import Manifest
+from storage.errors import StoreError
+from storage.images import ImageError, decode_rgb
+from storage.objects import Store
+from storage.shards import ShardReader, read_index, shard_files
+
+PREFETCH_BATCHES = 4
+
+
+@dataclass
+class ReplicaBatch:
+    """One replica's images uint8 [n + m, size, size, 3], labels int64 [n], pseudo labels float32 [m, classes]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    pseudo_labels: torch.Tensor
+
+
+class IndexedImages:
+    """The images of one split by row: an index in memory, bytes read and verified on demand."""
+
+    def __init__(self, store: Store, manifest: Manifest, split: str) -> None:
+        index = read_index(store, manifest, split)
+        self.index = index
+        self.shard_rows = [entry.rows or 0 for entry in shard_files(manifest, split)]
+        shard = index["shard"].combine_chunks()
+        shard = shard.chunk(0) if isinstance(shard, pa.ChunkedArray) else shard
+        self._shards = shard.dictionary.to_pylist()
+        self._shard_of = shard.indices.to_numpy()
+        self._offset = index["offset"].to_numpy()
+        self._bytes = index["bytes"].to_numpy()
+        self._sha256 = index["sha256"]
+        self.labels = index["label"].to_numpy()
+        self._reader = ShardReader(store)
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def shard_path(self, row: int) -> str:
+        """The object that holds a row's bytes."""
+        return str(self._shards[self._shard_of[row]])
+
+    def image(self, row: int) -> Any:
+        """The decoded RGB image of a row. Raises StoreError where its bytes are not what the index says."""
+        path = self.shard_path(row)
+        data = self._reader.read(path, int(self._offset[row]), int(self._bytes[row]), self._sha256[row].as_py())
+        try:
+            return decode_rgb(data)
+        except ImageError as error:
+            raise StoreError(f"shard {path}, sample {self.index['key'][row].as_py()}: {error}") from error
+
+
+class TrainingBatches(Dataset):
+    """`self[step]` is the list of the batches of `replicas`, in their order."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        labeled: IndexedImages,
+        unlabeled: IndexedImages | None,
+        pseudo_labels: "PseudoLabels | None",
+        replicas: Sequence[int],
+    ) -> None:
+        self._config, self._replicas = config, replicas
+        self._labeled, self._unlabeled, self._pseudo_labels = labeled, unlabeled, pseudo_labels
+        shuffle = config.shuffle_shards
+        self._labeled_order = SampleOrder(labeled.shard_rows, config.seed, LABELED_STREAM, shuffle)
+        if unlabeled is not None:
+            self._unlabeled_order = SampleOrder(unlabeled.shard_rows, config.seed, UNLABELED_STREAM, shuffle)
+
+    def __getitem__(self, step: int) -> list[ReplicaBatch]:
+        return [self._replica(step, replica) for replica in self._replicas]
+
+    def _replica(self, step: int, replica: int) -> ReplicaBatch:
+        config = self._config
+        n = config.replica_labeled
+        start = (step * config.replicas + replica) * n
+        rows = self._labeled_order.rows(start, n)
+        images = [self._noised(self._labeled, row, config.noise, LABELED_STREAM, start + i) for i, row in enumerate(rows)]
+        labels = torch.from_numpy(self._labeled.labels[rows].astype(np.int64))
+        pseudo = torch.zeros(0)
+        if self._unlabeled is not None and self._pseudo_labels is not None:
+            noise = config.unlabeled_noise or config.noise
+            m = config.replica_unlabeled
+            start = (step * config.replicas + replica) * m
+            rows = self._unlabeled_order.rows(start, m)
+            for i, row in enumerate(rows):
+                images.append(self._noised(self._unlabeled, row, noise, UNLABELED_STREAM, start + i))
+            pseudo = torch.from_numpy(self._pseudo_labels.rows(rows))
+        return ReplicaBatch(torch.from_numpy(np.stack(images)), labels, pseudo)
+
+    def _noised(self, part: IndexedImages, row: int, noise: NoiseConfig, stream: int, position: int) -> np.ndarray:
+        rng = sample_rng(self._config.seed, stream, position)
+        return noised_view(part.image(row), noise, self._config.model.image_size, rng)
+
+
+class PseudoLabels:
+    """Pseudo labels of a selection by row: those baked into its shards, or a label artifact's, joined by key."""
+
+    def __init__(self, store: Store, selection: Manifest, images: IndexedImages, labels: Manifest | None) -> None:
+        self._images = images
+        self._joined: np.ndarray | None = None
+        if labels is not None:
+            self._joined = _join_labels(store, images, labels)
+            return
+        self._reader = ShardReader(store)
+        self._offset = images.index["soft_offset"].to_numpy()
+        self._bytes = images.index["soft_bytes"].to_numpy()
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Probabilities of these rows, float32 [rows, classes]."""
+        if self._joined is not None:
+            return self._joined[rows].astype(np.float32)
+        return np.stack([self._baked(int(row)) for row in rows])
+
+    def _baked(self, row: int) -> np.ndarray:
+        import io
+
+        data = self._reader.read(self._images.shard_path(row), int(self._offset[row]), int(self._bytes[row]))
+        return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
+
+
+def _join_labels(store: Store, images: IndexedImages, labels: Manifest) -> np.ndarray:
+    """Labels of each row by its source key, float16 [rows, classes]. Raises StoreError where a row has none."""
+    from models.predictions import read_predictions
+
+    table = read_predictions(store, labels)
+    place = {key: number for number, key in enumerate(table["key"].to_pylist())}
+    try:
+        rows = [place[key] for key in images.index["source_key"].to_pylist()]
+    except KeyError as error:
+        raise StoreError(f"labels {labels.key} have no label for image {error}; they are of another selection") from None
+    flat = table["probabilities"].combine_chunks()
+    probabilities = np.asarray(flat.flatten()).reshape(len(table), -1)
+    return probabilities[rows]
+
+
+def training_loader(batches: TrainingBatches, first_step: int, last_step: int, workers: int) -> Iterator[list[ReplicaBatch]]:
+    """Batches of the steps [first_step, last_step) in order, made ahead by `workers` processes (0: in this one)."""
+    loader: DataLoader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first_step, last_step),  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=PREFETCH_BATCHES if workers else None,
+    )
+    return iter(loader)
+
+
+def clean_batch(images: IndexedImages, rows: Sequence[int], size: int, crop_pct: float) -> torch.Tensor:
+    """The clean views of some rows, uint8 [rows, size, size, 3]."""
+    return torch.from_numpy(np.stack([clean_view(images.image(row), size, crop_pct) for row in rows]))
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 [n, h, w, 3] in 0-255 -> float32 [n, 3, h, w], normalized by channel, channels-last in memory."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    return torch.addcmul(shift, images.to(torch.float32), scale).permute(0, 3, 1, 2)

@@ -1,0 +1,112 @@
+"""The entry of every child process: `python -m models.worker SPEC.json`; started by models/launch.py only.
+
+Runs the function that the spec names as `function(spec, worker) -> dict`. With world > 1 the first process becomes
+torch elastic's agent and starts the ranks, which run this file again. torch is imported by the function, not here, so
+that decoding and writing shards does not pay for it.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from models.launch import RECORD_PREFIX, STOPPED_EXIT_CODE
+from storage.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+PROGRESS_INTERVAL_S = 0.3
+
+
+class Stopped(Exception):
+    """The worker was asked to stop and has saved what it could."""
+
+
+class Worker:
+    """What a worker function knows of its process: its rank, whether it should stop, and how to report."""
+
+    def __init__(self, rank: int = 0, world: int = 1, threads: int = 1) -> None:
+        self.rank = rank
+        self.world = world
+        self.threads = threads
+        self.stop_requested = False
+        self._last_progress = 0.0
+
+    def progress(self, done: int, total: int, unit: str = "images", last: bool = False, **facts: Any) -> None:
+        """Report how far this worker is; throttled, so call it freely. Only rank 0 speaks."""
+        now = time.monotonic()
+        if self.rank == 0 and (last or now - self._last_progress >= PROGRESS_INTERVAL_S):
+            self._last_progress = now
+            self.emit({"progress": {"done": done, "total": total, "unit": unit, **facts}})
+
+    def emit(self, record: dict[str, Any]) -> None:
+        """Write one structured record to the parent, in one write so that ranks' lines do not mix."""
+        os.write(1, (RECORD_PREFIX + json.dumps(record) + "\n").encode())
+
+
+def main() -> int:
+    """Read the spec, run its function, report the result or the error."""
+    die_with_parent()
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job["world"] > 1 and "RANK" not in os.environ:
+        return _run_elastic(job)
+    worker = Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), job["threads"])
+
+    def request_stop(signum: int, frame: object) -> None:
+        worker.stop_requested = True
+
+    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the parent turns it into SIGTERM
+    try:
+        module, _, name = job["function"].partition(":")
+        result = getattr(importlib.import_module(module), name)(job["spec"], worker)
+    except Stopped:
+        return STOPPED_EXIT_CODE
+    except Exception as error:
+        worker.emit(
+            {
+                "error": {
+                    "rank": worker.rank,
+                    "time": time.time(),
+                    "user": isinstance(error, UserError),
+                    "message": str(error),
+                    "traceback": traceback.format_exc(),
+                }
+            }
+        )
+        return 1
+    if worker.rank == 0:
+        worker.emit({"result": result})
+    return 0
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, and leave at once if it has ended already (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    expected = os.environ.get("NST_PARENT")
+    if expected and os.getppid() != int(expected):
+        sys.exit(STOPPED_EXIT_CODE)
+
+
+def _run_elastic(job: dict[str, Any]) -> int:
+    """Become torch elastic's agent in script mode (it stops within 2 s of SIGTERM; `elastic_launch` takes 31 s)."""
+    from torch.distributed import run
+
+    os.environ["NST_PARENT"] = str(os.getpid())
+    arguments = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={job['world']}", "--max-restarts=0"]
+    try:
+        run.main([*arguments, "-m", "models.worker", sys.argv[1]])
+    except Exception as error:  # the failing rank has reported its own error
+        print(f"torch elastic: {error}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

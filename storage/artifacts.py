@@ -1,0 +1,211 @@
+"""Artifacts: immutable, keyed results; and parts, the finished pieces of one that a crash must not lose.
+
+Layout below the store's root:
+
+    artifacts/<kind>/<key>/manifest.json        the commit: written last, once, by create-if-absent
+    artifacts/<kind>/<key>/<name>-<sha>.<ext>   the artifact's own files, under names that contain their digest
+    artifacts/<kind>/<key>/numerics.json        what was probed once (dtype, layout), followed by every resume and rank
+    artifacts/<kind>/<key>/attempts/<id>/...    checkpoints of attempts that have not committed yet
+    parts/<stage>/<part key>/<name>-<sha>.<ext> files of a part; a part is shared by every artifact with its content
+    parts/<stage>/<part key>/<numerics>.json    the part's create-if-absent marker
+
+Readers see an artifact whole or not at all. A part's key is a digest of what it is made from (its own inputs, not the
+artifact's), so a data set that grows keeps the parts that did not change.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from storage.errors import StoreError
+from storage.keys import KEY_HEX, Config, canonical_json, digest, file_sha256
+from storage.objects import Store
+
+SCHEMA_VERSION = 1
+NAME_DIGEST_HEX = 16
+
+
+class FileEntry(Config):
+    """One file of an artifact: its logical name, where it lies below the store's root, and what it must contain."""
+
+    name: str
+    path: str
+    bytes: int
+    sha256: str
+    rows: int | None = None
+
+
+class Part(Config):
+    """A finished piece of work: its files and the facts that the artifact sums up."""
+
+    stage: str
+    key: str
+    numerics: dict[str, Any]
+    files: tuple[FileEntry, ...]
+    facts: dict[str, Any] = {}
+
+    def file(self, name: str) -> FileEntry:
+        """The file of that logical name."""
+        return next(entry for entry in self.files if entry.name == name)
+
+
+class Manifest(Config):
+    """The JSON that commits an artifact: everything needed to trust, reproduce and trace it. Never a secret."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    key: str
+    stage: str
+    stage_version: int
+    generation: int = 0
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    files: tuple[FileEntry, ...]
+    metrics: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field({}, description="code commit, package versions, host, device, world, seconds")
+
+    def file(self, name: str) -> FileEntry:
+        """The file of that logical name. Raises StoreError naming the artifact where it has none."""
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise StoreError(f"{self.kind} {self.key} has no file {name!r}")
+
+    def files_under(self, prefix: str) -> tuple[FileEntry, ...]:
+        """The files whose logical names start with `prefix`, in the order of their names."""
+        return tuple(sorted((f for f in self.files if f.name.startswith(prefix)), key=lambda f: f.name))
+
+
+def artifact_folder(kind: str, key: str) -> str:
+    """The artifact's folder below the store's root."""
+    return f"artifacts/{kind}/{key}"
+
+
+def find(store: Store, kind: str, key: str) -> Manifest | None:
+    """The committed artifact, or None. Raises StoreError on a manifest that was damaged or made by a newer version."""
+    path = f"{artifact_folder(kind, key)}/manifest.json"
+    if not store.exists(path):
+        return None
+    raw = store.read_json(path)
+    version = raw.get("schema_version", 0) if isinstance(raw, dict) else 0
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it")
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise StoreError(f"{path} is damaged ({error.errors()[0]['msg']}); delete it and run again") from None
+    if (manifest.kind, manifest.key) != (kind, key):
+        raise StoreError(f"{path} names {manifest.kind} {manifest.key}; was it edited or copied by hand?")
+    return manifest
+
+
+def get(store: Store, kind: str, key: str) -> Manifest:
+    """The committed artifact. Raises StoreError where it is missing."""
+    manifest = find(store, kind, key)
+    if manifest is None:
+        raise StoreError(f"{kind} {key} is not in {store.url}; run the stage that makes it first")
+    return manifest
+
+
+def commit(store: Store, manifest: Manifest) -> Manifest:
+    """Publish an artifact whose files are all in the store: the only place that writes a manifest.
+
+    Checks first that each file is there with its size. Where another attempt committed first, that one is returned:
+    both attempts end with the same whole artifact.
+    """
+    for entry in manifest.files:
+        local = store.local_path(entry.path)
+        if not local.is_file() or local.stat().st_size != entry.bytes:
+            raise StoreError(f"{entry.path} is missing or has another size than {entry.bytes} bytes; not committed")
+    names = [entry.name for entry in manifest.files]
+    if len(set(names)) != len(names):
+        raise StoreError(f"{manifest.kind} {manifest.key}: two files have one name; not committed")
+    path = f"{artifact_folder(manifest.kind, manifest.key)}/manifest.json"
+    if store.create(path, manifest.model_dump_json(indent=1).encode()):
+        return manifest
+    return get(store, manifest.kind, manifest.key)
+
+
+def publish_file(store: Store, folder: str, name: str, local: Path, rows: int | None = None) -> FileEntry:
+    """Move a finished local file into `folder` under a name that contains its digest, and describe it.
+
+    `name` is the file's logical name in the artifact, e.g. `shards/train/00000.tar`.
+    """
+    sha256, size = file_sha256(local), local.stat().st_size
+    logical = Path(name)
+    path = f"{folder}/{logical.stem}-{sha256[:NAME_DIGEST_HEX]}{logical.suffix}"
+    store.put_file(local, path)
+    return FileEntry(name=name, path=path, bytes=size, sha256=sha256, rows=rows)
+
+
+def part_folder(stage: str, key: str) -> str:
+    """The part's folder below the store's root."""
+    return f"parts/{stage}/{key}"
+
+
+def find_part(store: Store, stage: str, key: str, numerics: dict[str, Any]) -> Part | None:
+    """The finished part with these numerics, its files all in place; None where it has to be made (again)."""
+    path = _marker(stage, key, numerics)
+    if not store.exists(path):
+        return None
+    part = Part.model_validate(store.read_json(path))
+    for entry in part.files:
+        local = store.local_path(entry.path)
+        if not local.is_file() or local.stat().st_size != entry.bytes:
+            raise StoreError(
+                f"{entry.path} is missing or has another size than {entry.bytes} bytes; delete {path} and run again"
+            )
+    return part
+
+
+def publish_part(
+    store: Store,
+    stage: str,
+    key: str,
+    numerics: dict[str, Any],
+    files: dict[str, tuple[Path, int | None]],
+    facts: dict[str, Any] | None = None,
+) -> Part:
+    """Move a part's finished files (logical name -> local file, rows) into the store, then mark the part as done.
+
+    Returns the part that stands: this one, or the one of an attempt that was first.
+    """
+    entries = tuple(
+        publish_file(store, part_folder(stage, key), name, local, rows) for name, (local, rows) in files.items()
+    )
+    part = Part(stage=stage, key=key, numerics=numerics, files=entries, facts=facts or {})
+    path = _marker(stage, key, numerics)
+    if store.create(path, part.model_dump_json(indent=1).encode()):
+        return part
+    return Part.model_validate(store.read_json(path))
+
+
+def agree_numerics(store: Store, kind: str, key: str, probed: dict[str, Any]) -> dict[str, Any]:
+    """Publish what was probed for an artifact in the making, or take what an earlier attempt published."""
+    path = f"{artifact_folder(kind, key)}/numerics.json"
+    if store.create(path, canonical_json(probed)):
+        return probed
+    agreed: dict[str, Any] = store.read_json(path)
+    return agreed
+
+
+def attempts_folder(kind: str, key: str) -> str:
+    """Where attempts at an artifact keep what a resume needs, each in a folder of its own."""
+    return f"{artifact_folder(kind, key)}/attempts"
+
+
+def discard_attempt(store: Store, kind: str, key: str, attempt: str) -> None:
+    """Delete what an attempt kept for a resume, after its artifact was committed."""
+    for path in store.list(f"{attempts_folder(kind, key)}/{attempt}"):
+        store.delete(path)
+
+
+def list_artifacts(store: Store) -> list[Manifest]:
+    """Every committed artifact, in the order of kind and key."""
+    paths = [p for p in store.list("artifacts") if p.endswith("/manifest.json")]
+    return [get(store, *path.split("/")[1:3]) for path in paths]
+
+
+def _marker(stage: str, key: str, numerics: dict[str, Any]) -> str:
+    return f"{part_folder(stage, key)}/{digest(numerics)[: KEY_HEX // 2]}.json"

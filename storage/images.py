@@ -1,0 +1,61 @@
+"""Image bytes to an RGB picture, or the reason why not. The one place that decodes for checking and for training."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 100_000_000  # 10,000 x 10,000: past this an image counts as a decompression bomb
+
+
+class ImageError(Exception):
+    """The bytes are no image that can be used; the text is the reason, for the rejects table."""
+
+
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode image bytes to an upright RGB picture.
+
+    Palettes, gray, CMYK and 16-bit are converted; alpha is laid over white; EXIF orientation is applied.
+    Raises ImageError with a short reason: empty, not an image, too large, truncated.
+    """
+    if not data:
+        raise ImageError("empty: 0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:  # Pillow's plug-ins raise many kinds on hostile headers; each means the same here
+        raise ImageError(f"not an image: {_first_line(error)}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"too large: {width} x {height} pixels, limit {max_pixels}")
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise ImageError(f"cannot be decoded: {_first_line(error)}") from error
+
+
+def image_extension(data: bytes) -> str:
+    """The file extension of encoded image bytes, by their first bytes: jpg, png, webp; `img` for any other format."""
+    if data[:2] == b"\xff\xd8":
+        return "jpg"
+    if data[:4] == b"\x89PNG":
+        return "png"
+    return "webp" if data[8:12] == b"WEBP" else "img"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):  # 16-bit and float gray: Pillow's own conversion would clip at 255
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255.0 / max(65535.0 if values.max() > 255 else 255.0, 1.0)
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return text if "BytesIO" not in text else "unknown format"

@@ -1,0 +1,146 @@
+"""WebDataset tars with a Parquet index: written byte for byte the same each time, read at random, verified.
+
+Written with the standard library, not with `webdataset.TarWriter`: importing webdataset loads torch (half a gigabyte),
+and the index needs each member's offset. The tests read these tars with webdataset.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.artifacts import FileEntry, Manifest
+from storage.errors import StoreError
+from storage.objects import Store
+
+ROW_GROUP_ROWS = 65_536
+OPEN_SHARDS = 64
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # the sample's key in the tar, unique in the data set
+        ("offset", pa.int64()),  # of the image's bytes in the tar
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),  # of the image's bytes
+        ("label", pa.int32()),  # class index; -1: unlabeled
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("source", pa.string()),  # where the image came from: file and row, or the path in its own archive
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """One sample for a tar: its key and its members by extension, in the order in which they are written."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+def write_tar(path: Path, samples: Iterable[ShardSample]) -> list[dict[str, tuple[int, int]]]:
+    """Write samples as a WebDataset tar; same samples, same bytes (no time, owner or mode of this machine).
+
+    Returns for each sample the offset and size of each member's bytes, by extension.
+    """
+    places: list[dict[str, tuple[int, int]]] = []
+    with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for sample in samples:
+            place = {}
+            for extension, data in sample.members.items():
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")
+                info.size, info.mode, info.mtime = len(data), 0o444, 0
+                tar.addfile(info, io.BytesIO(data))
+                blocks = -(-len(data) // tarfile.BLOCKSIZE)
+                place[extension] = (tar.offset - blocks * tarfile.BLOCKSIZE, len(data))
+            places.append(place)
+    return places
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table in the project's one Parquet form: pyarrow, zstd, fixed row groups, no machine facts."""
+    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+
+
+class ShardReader:
+    """Random reads of image bytes from the tars of artifacts. Not for sharing between threads' forks: make one a process.
+
+    Keeps at most `OPEN_SHARDS` files open.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, path: str, offset: int, size: int, sha256: str = "") -> bytes:
+        """The `size` bytes at `offset` of the object at `path`; with `sha256`, verified.
+
+        Raises StoreError naming the shard where it is missing, short or altered.
+        """
+        handle = self._open.pop(path, None)
+        if handle is None:
+            try:
+                handle = os.open(self._store.local_path(path), os.O_RDONLY)
+            except OSError as error:
+                raise StoreError(f"shard {path} cannot be read ({error.strerror})") from error
+        self._open[path] = handle
+        if len(self._open) > OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        data = os.pread(handle, size, offset)
+        if len(data) != size or (sha256 and hashlib.sha256(data).hexdigest() != sha256):
+            raise StoreError(f"shard {path} is damaged: the {size} bytes at {offset} are not what its index says")
+        return data
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def shard_files(manifest: Manifest, split: str) -> tuple[FileEntry, ...]:
+    """The tars of a split, in order. Raises StoreError where the split is not there."""
+    files = manifest.files_under(f"shards/{split}/")
+    if not files:
+        raise StoreError(f"{manifest.kind} {manifest.key} has no split {split!r}")
+    return files
+
+
+def index_name(shard: FileEntry) -> str:
+    """The logical name of a tar's index: `shards/val/00000.tar` -> `index/val/00000.parquet`."""
+    return shard.name.replace("shards/", "index/", 1).removesuffix(".tar") + ".parquet"
+
+
+def read_index(store: Store, manifest: Manifest, split: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The index of a split: its tars' indices in order, with a column `shard` (dictionary of object paths) added."""
+    tables = []
+    for shard in shard_files(manifest, split):
+        table = read_table(store, manifest.file(index_name(shard)), columns)
+        paths = pa.array([shard.path]).dictionary_encode()
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * table.num_rows, pa.int32()), paths.dictionary)
+        tables.append(table.append_column("shard", column))
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def read_table(store: Store, entry: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file of an artifact. Raises StoreError naming it where it is missing or damaged."""
+    try:
+        return pq.read_table(store.local_path(entry.path), columns=list(columns) if columns else None)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{entry.path} cannot be read as Parquet ({error})") from error
+
+
+def npy_bytes(array: Any) -> bytes:
+    """A numpy array in the `.npy` format that webdataset decodes."""
+    import numpy as np
+
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()

@@ -1,0 +1,107 @@
+"""label: the un-noised weight average of a model predicts every image of a data set, one Parquet part a shard."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from models.numerics import chosen_numerics, part_numerics
+from storage.artifacts import FileEntry, Manifest, agree_numerics, find_part
+from storage.errors import StoreError, UserError
+from storage.keys import Config, digest
+from storage.shards import read_table, shard_files
+from tasks.contract import StageContext, StageResult
+
+VERSION = 1
+PREDICT = "predict"  # parts of labels and evaluations are the same thing, so they share a name
+CONFIDENCE_BINS = 20
+
+
+class LabelConfig(Config):
+    """Nothing to set yet: soft labels over all classes, one clean view."""
+
+
+def label(context: StageContext, config: LabelConfig, inputs: dict[str, Manifest]) -> StageResult:
+    """Label the unlabeled images of `inputs["data"]`, or the unique images of `inputs["selection"]`."""
+    selection = inputs.get("selection")
+    source, split = (selection, "train") if selection else (inputs["data"], "unlabeled")
+    files = predict(context, inputs["model"], source, [split], "labels", unique=selection is not None)[split]
+    confidence, labels = _columns(context, files)
+    counts, _ = np.histogram(confidence, bins=CONFIDENCE_BINS, range=(0.0, 1.0))
+    num_classes = len(inputs["model"].metrics["class_names"])
+    metrics = {
+        "images": len(labels),
+        "mean_confidence": float(confidence.mean(dtype=np.float64)),
+        "confidence_histogram": [int(count) for count in counts],
+        "per_class": [int(count) for count in np.bincount(labels, minlength=num_classes)],
+        "class_names": inputs["model"].metrics["class_names"],
+    }
+    return StageResult(files, metrics, {"numerics": _numerics(context, "labels")})
+
+
+def predict(
+    context: StageContext, model: Manifest, source: Manifest, splits: Sequence[str], kind: str, unique: bool = False
+) -> dict[str, tuple[FileEntry, ...]]:
+    """Predictions by split, a Parquet part a shard; parts that exist already are kept.
+
+    `kind` is the kind of artifact they are made for. Raises UserError where the model has other classes than the data.
+    """
+    check_classes(model, source)
+    numerics = part_numerics(_numerics(context, kind))
+    shards = {split: shard_files(source, split) for split in splits}
+    keys = {shard.name: _part_key(model, shard, unique) for own in shards.values() for shard in own}
+    specs, total = [], 0
+    for split, own in shards.items():
+        missing = [s for s in own if find_part(context.store, PREDICT, keys[s.name], numerics) is None]
+        total += sum(shard.rows or 0 for shard in missing)
+        size = min(context.compute.shards_per_task, max(1, -(-len(missing) // context.engine.processes)))
+        specs += [
+            {
+                "store": context.store.url,
+                "stage": PREDICT,
+                "model": model.key,
+                "num_classes": len(model.metrics["class_names"]),
+                "source": {"kind": source.kind, "key": source.key, "split": split},
+                "parts": {shard.name: keys[shard.name] for shard in missing[start : start + size]},
+                "numerics": numerics,
+                "unique": unique,
+            }
+            for start in range(0, len(missing), size)
+        ]
+    context.engine.map("models.inference:label_shards", specs, context.progress_of(total))
+    return {split: _named_parts(context, split, [keys[s.name] for s in own], numerics) for split, own in shards.items()}
+
+
+def _named_parts(
+    context: StageContext, split: str, keys: Sequence[str], numerics: dict[str, Any]
+) -> tuple[FileEntry, ...]:
+    files = []
+    for number, key in enumerate(keys):
+        part = find_part(context.store, PREDICT, key, numerics)
+        if part is None:
+            raise StoreError(f"part {key} of the predictions vanished while they were made; run again")
+        files.append(part.files[0].model_copy(update={"name": f"predictions/{split}/{number:05d}.parquet"}))
+    return tuple(files)
+
+
+def check_classes(model: Manifest, source: Manifest) -> None:
+    """Raise UserError where a model was trained on other classes than those of the data."""
+    own, wanted = model.metrics["class_names"], source.metrics["class_names"]
+    if own != wanted:
+        differ = f"{len(own)} classes, the data {len(wanted)}" if len(own) != len(wanted) else "other class names than the data"
+        raise UserError(f"model {model.key[:12]} has {differ}; train a teacher on this data, or choose data of its classes")
+
+
+def _part_key(model: Manifest, shard: FileEntry, unique: bool) -> str:
+    """(version, config, model, shard content): a growing data set labels only its new shards."""
+    identity: dict[str, Any] = {"version": VERSION, "model": model.key, "shard": shard.sha256}
+    return digest({**identity, "unique": True} if unique else identity)
+
+
+def _numerics(context: StageContext, kind: str) -> dict[str, Any]:
+    return agree_numerics(context.store, kind, context.key, chosen_numerics(context.compute))
+
+
+def _columns(context: StageContext, files: tuple[FileEntry, ...]) -> tuple[np.ndarray, np.ndarray]:
+    tables = [read_table(context.store, entry, ["confidence", "label"]) for entry in files]
+    return tuple(np.concatenate([t[c].to_numpy() for t in tables]) for c in ("confidence", "label"))  # type: ignore[return-value]

@@ -1,0 +1,378 @@
+"""report: one self-contained HTML page of a whole run: results, training curves, selections, images, lineage.
+
+The page loads nothing: figures and images are data URIs. It holds no time and no path of this machine, so the same
+inputs make the same bytes. Of large data sets only the rows and the image bytes that are shown are read.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
+from storage.images import decode_rgb
+from storage.keys import Config, canonical_json
+from storage.objects import Store
+from storage.shards import ShardReader, index_name, read_table, shard_files
+from tasks import report_figures as figures
+from tasks.contract import StageContext, StageResult
+from tasks.results import result_records
+from tasks.select import SelectConfig
+from tasks.sources import SPLITS
+
+VERSION = 1
+TEMPLATE = "report.html.j2"
+CONFIDENCE_BINS = 20  # the shown images are spread over these
+TILE_PX = 160  # larger images are shrunk to it, or a page of photographs would weigh 100 MB
+SMALL_PX = 64  # smaller images are shown with their pixels as squares
+KEY_DIGITS = 12
+MOST_CLASS_ROWS = 20
+WITHIN_ITERATION = ("teacher", "selector", "label", "select", "student", "evaluate")
+
+Item = TypeVar("Item")
+Row = dict[str, Any]
+
+
+class ReportConfig(Config):
+    """What the page is called and how many images it shows."""
+
+    experiment: str = Field(description="name of the experiment, the page's title")
+    grid_images: int = Field(
+        24, ge=1, le=500, description="kept images shown of each selection, and as many dropped ones"
+    )
+
+
+def report(context: StageContext, config: ReportConfig, inputs: dict[str, Manifest]) -> StageResult:
+    """Write the page of a run. `inputs`: stage name (`prepare`, `0/teacher`, `1/select` ...) -> artifact."""
+    records = result_records(config.experiment, inputs)
+    rounds = _rounds(inputs)
+    sections = []
+    for number, stages in rounds.items():
+        sections.append(_section(context.store, config, inputs, number, stages))
+        context.on_progress({"done": len(sections), "total": len(rounds), "unit": "iterations"})
+    page = {
+        "experiment": config.experiment,
+        "data": inputs["prepare"].metrics,
+        "splits": SPLITS,
+        "result": _result(records, inputs),
+        "training": _training_figures(context.store, inputs),
+        "sections": sections,
+        "classes": _class_accuracy(context.store, records, inputs),
+        "lineage": _lineage(inputs),
+    }
+    with context.store.staging() as folder:
+        (folder / "report.html").write_text(_render(page), encoding="utf-8", newline="\n")
+        place = artifact_folder("report", context.key)
+        entry = publish_file(context.store, place, "report.html", folder / "report.html")
+    return StageResult((entry,), {"models": records})
+
+
+def spread(items: Sequence[Item]) -> list[Item]:
+    """The items in an order of which every beginning is spread over the whole: last, first, middle, quarters ..."""
+    last = len(items) - 1
+    halvings = [1 << power for power in range(len(items).bit_length())]
+    steps = [round(k * last / parts) for parts in halvings for k in range(parts, -1, -1)]
+    return [items[i] for i in dict.fromkeys([*steps, *range(len(items))])]
+
+
+def take_evenly(queues: Iterable[Sequence[Item]], most: int) -> list[Item]:
+    """Up to `most` items, one of each queue in turn until all are empty."""
+    left = [list(queue) for queue in queues]
+    taken: list[Item] = []
+    while len(taken) < most and any(left):
+        taken += [queue.pop(0) for queue in left if queue]
+    return taken[:most]
+
+
+def pick_decisions(decisions: Path, kept: bool, classes: Sequence[int], most: int) -> list[Row]:
+    """Up to `most` decisions to show: key, label, confidence, decision, copies. Chance is a hash of the key.
+
+    Kept ones are spread over `classes`, then over confidence; dropped ones over confidence alone. One pass over the
+    file; memory grows with `most` only.
+    """
+    import duckdb
+
+    wanted = [classes[i * len(classes) // most] for i in range(most)] if len(classes) > most else list(classes)
+    query = """
+        SELECT label_group, least(floor(confidence * $bins), $bins - 1) AS bin,
+            arg_min(
+                {'key': key, 'label': label, 'confidence': confidence, 'decision': decision, 'copies': copies}, md5(key), $most
+            )
+        FROM (
+            SELECT *, CASE WHEN $kept THEN label ELSE 0 END AS label_group FROM read_parquet($decisions)
+            WHERE (decision = 'kept') = $kept AND (NOT $kept OR list_contains($wanted, label))
+        )
+        GROUP BY label_group, bin ORDER BY label_group, bin
+    """
+    values = {"decisions": str(decisions), "kept": kept, "wanted": wanted, "bins": CONFIDENCE_BINS, "most": most}
+    groups: dict[int, list[list[Row]]] = {}
+    with duckdb.connect() as connection:
+        for group, _, rows in connection.execute(query, values).fetchall():
+            groups.setdefault(group, []).append(rows)
+    queues = []
+    for number, bins in enumerate(groups.values()):
+        order = spread(bins)
+        turn = number % len(order)  # with one image a class, not of each class the most confident one
+        queues.append(take_evenly(order[turn:] + order[:turn], most))
+    picked = take_evenly(queues, most)
+    return sorted(picked, key=lambda row: (row["label"] if kept else 0, -row["confidence"], row["key"]))
+
+
+def locate_images(store: Store, data: Manifest, keys: Sequence[str]) -> dict[str, Row]:
+    """Where the unlabeled images of these keys lie: shard, offset, bytes, sha256, source. One pass over the index."""
+    import duckdb
+
+    shards = shard_files(data, "unlabeled")
+    paths = {str(store.local_path(data.file(index_name(shard)).path)): shard.path for shard in shards}
+    query = """
+        SELECT key, filename, "offset", bytes, sha256, source FROM read_parquet($files, filename = true)
+        WHERE list_contains($keys, key)
+    """
+    with duckdb.connect() as connection:
+        found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()
+    names = ("offset", "bytes", "sha256", "source")
+    return {key: {"shard": paths[file], **dict(zip(names, rest, strict=True))} for key, file, *rest in found}
+
+
+def image_uri(data: bytes) -> tuple[str, int]:
+    """An image as a data URI, shrunk to `TILE_PX`, and the longer side of what is in it. Always encoded anew.
+
+    Small pictures stay exact (PNG); shrunk ones are JPEG. What a source hid behind the pixels does not enter the page.
+    """
+    image = decode_rgb(data)
+    shrunk = max(image.size) > TILE_PX
+    if shrunk:
+        image.thumbnail((TILE_PX, TILE_PX), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    image.save(stream, **({"format": "JPEG", "quality": 85} if shrunk else {"format": "PNG"}))
+    return _data_uri(stream.getvalue(), "jpeg" if shrunk else "png"), max(image.size)
+
+
+def _data_uri(data: bytes, subtype: str) -> str:
+    return f"data:image/{subtype};base64,{base64.b64encode(data).decode()}"
+
+
+def _render(page: dict[str, Any]) -> str:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        count=lambda value: "–" if value is None else f"{value:,}",
+        percent=lambda value: "–" if value is None else f"{value * 100:.2f}",
+        points=lambda value: "–" if value is None else f"{value * 100:+.2f}",
+        short=lambda key: key[:KEY_DIGITS],
+    )
+    return environment.get_template(TEMPLATE).render(page)
+
+
+def _figure(title: str, alt: str, caption: str, draw: Callable[[figures.Theme], bytes]) -> dict[str, str]:
+    light, dark = (_data_uri(draw(theme), "png") for theme in (figures.LIGHT, figures.DARK))
+    return {"title": title, "alt": alt, "caption": caption, "light": light, "dark": dark}
+
+
+def _rounds(inputs: dict[str, Manifest]) -> dict[int, dict[str, Manifest]]:
+    """Iteration -> its stages by their short names, of the iterations in which something was labeled or selected."""
+    rounds: dict[int, dict[str, Manifest]] = {}
+    for name in sorted(inputs, key=_stage_order):
+        if "/" in name:
+            number, stage = name.split("/")
+            rounds.setdefault(int(number), {})[stage] = inputs[name]
+    return {number: stages for number, stages in rounds.items() if "label" in stages or "select" in stages}
+
+
+def _stage_order(name: str) -> tuple[int, int, str]:
+    number, _, stage = name.rpartition("/")
+    place = WITHIN_ITERATION.index(stage) if stage in WITHIN_ITERATION else len(WITHIN_ITERATION)
+    return (int(number), place, stage) if number else (-1, 0, stage)
+
+
+def _result(records: list[Row], inputs: dict[str, Manifest]) -> Row:
+    """The rows of the table, and what the reader needs to judge a difference."""
+    teacher = records[0]["top1"]
+    rows = []
+    for record in records:
+        gain = (
+            record["top1"] - teacher if record["role"] != "teacher" and None not in (record["top1"], teacher) else None
+        )
+        rows.append({**record, "gain": gain})
+    num_images = inputs["0/evaluate"].metrics["test"]["images"] if "0/evaluate" in inputs else 0
+    error = math.sqrt(teacher * (1 - teacher) / num_images) if num_images and teacher is not None else None
+    return {
+        "rows": rows,
+        "with_top5": any(r["top5"] is not None for r in records),
+        "images": num_images,
+        "error": error,
+    }
+
+
+def _training_figures(store: Store, inputs: dict[str, Manifest]) -> list[dict[str, str]]:
+    histories = {
+        name: _history(store, inputs[name].file("history.parquet"))
+        for name in sorted(inputs, key=_stage_order)
+        if inputs[name].kind == "model"
+    }
+    finals = "; ".join(f"{name}: {m.metrics['val_top1'] * 100:.1f} %" for name in histories if (m := inputs[name]))
+    models = ", ".join(histories)
+    return [
+        _figure(
+            "Loss",
+            f"Line chart of the training loss by epoch of {models}.",
+            "Of single batches, under noise. The loss on unlabeled images compares with soft labels, so it does not end at 0.",
+            lambda theme: figures.loss_curves(theme, histories),
+        ),
+        _figure(
+            "Validation top-1",
+            f"Line chart of validation top-1 by epoch. At the end: {finals}.",
+            "Of the weight average, without noise, on the validation images.",
+            lambda theme: figures.history_curves(theme, histories, "val_top1", "validation top-1, %", percent=True),
+        ),
+        _figure(
+            "Learning rate",
+            f"Line chart of the learning rate by epoch of {models}.",
+            "As set for each step.",
+            lambda theme: figures.history_curves(theme, histories, "learning_rate", "learning rate"),
+        ),
+    ]
+
+
+def _history(store: Store, entry: FileEntry) -> figures.History:
+    names = ("epoch", "learning_rate", "loss_labeled", "loss_unlabeled", "val_top1")
+    table = read_table(store, entry, names)
+    return {name: np.array(table[name].to_pylist(), np.float64) for name in names}
+
+
+def _section(
+    store: Store, config: ReportConfig, inputs: dict[str, Manifest], number: int, stages: dict[str, Manifest]
+) -> Row:
+    """One iteration: who labeled, what was selected, and images of both fates."""
+    labels, selection = stages.get("label"), stages.get("select")
+    by_key = {manifest.key: name for name, manifest in inputs.items()}
+    settings = SelectConfig.model_validate(selection.config) if selection else None
+    drawn = []
+    if labels:
+        drawn.append(_histogram(labels, selection, settings))
+    if selection and settings:
+        drawn.append(_balance(selection, settings))
+    return {
+        "number": number,
+        "labels": labels.metrics if labels else None,
+        "labeled_by": by_key.get(labels.inputs["model"], labels.inputs["model"][:KEY_DIGITS]) if labels else "",
+        "selection": selection.metrics if selection else None,
+        "settings": settings,
+        "figures": drawn,
+        "grids": _grids(store, config, inputs["prepare"], selection) if selection else [],
+    }
+
+
+def _histogram(labels: Manifest, selection: Manifest | None, settings: SelectConfig | None) -> dict[str, str]:
+    threshold = settings.min_confidence if settings else None
+    counts = labels.metrics["confidence_histogram"]
+    fate = ""
+    if selection is not None:
+        fate = f" {selection.metrics['kept']:,} of {selection.metrics['labeled']:,} images were kept."
+    return _figure(
+        "Confidence of the pseudo-labels",
+        f"Histogram of {sum(counts):,} confidences from 0 to 1"
+        + (f" with the threshold at {threshold:g}." if threshold is not None else ".")
+        + f" The fullest bin begins at {int(np.argmax(counts)) / len(counts):g}.{fate}",
+        f"{sum(counts):,} images, mean {labels.metrics['mean_confidence']:.3f}.{fate}",
+        lambda theme: figures.confidence_histogram(theme, counts, threshold),
+    )
+
+
+def _balance(selection: Manifest, settings: SelectConfig) -> dict[str, str]:
+    names, per_class = selection.metrics["class_names"], selection.metrics["per_class"]
+    ranges = {
+        field: f"{min(values):,} to {max(values):,}"
+        for field, values in ((f, per_class[f]) for f in ("available", "kept", "copies"))
+    }
+    empty = sum(not value for value in per_class["kept"])
+    return _figure(
+        "Images of each class, before and after balancing",
+        f"Chart of {len(names)} classes. Labeled as the class: {ranges['available']} images; kept: {ranges['kept']}; "
+        f"after balancing: {ranges['copies']}.",
+        f"At most {settings.images_per_class:,} of a class are kept, the most confident first; classes with fewer are "
+        f"filled up with copies.{f' {empty:,} classes stayed empty.' if empty else ''}",
+        lambda theme: figures.class_counts(theme, names, per_class),
+    )
+
+
+def _grids(store: Store, config: ReportConfig, data: Manifest, selection: Manifest) -> list[Row]:
+    """The shown images of both fates. Keys are picked first; only their bytes are read, one image at a time."""
+    decisions = store.local_path(selection.file("decisions.parquet").path)
+    names, kept = selection.metrics["class_names"], selection.metrics["per_class"]["kept"]
+    classes = [number for number, count in enumerate(kept) if count]
+    picked = {
+        fate: pick_decisions(decisions, fate == "kept", classes, config.grid_images) for fate in ("kept", "dropped")
+    }
+    places = locate_images(store, data, [row["key"] for rows in picked.values() for row in rows])
+    reader, grids = ShardReader(store), []
+    try:
+        for fate, rows in picked.items():
+            tiles = [_tile(reader, row, places[row["key"]], names[row["label"]]) for row in rows]
+            grids.append({"fate": fate, "tiles": tiles, "of": selection.metrics[fate]})
+    finally:
+        reader.close()
+    return grids
+
+
+def _tile(reader: ShardReader, row: Row, place: Row, class_name: str) -> Row:
+    uri, side = image_uri(reader.read(place["shard"], place["offset"], place["bytes"], place["sha256"]))
+    return {**row, "class_name": class_name, "source": place["source"], "uri": uri, "pixelated": side <= SMALL_PX}
+
+
+def _class_accuracy(store: Store, records: list[Row], inputs: dict[str, Manifest]) -> Row | None:
+    """Teacher against last student on each class of the test set; None for a run without a student."""
+    last = records[-1]
+    evaluations = (inputs.get("0/evaluate"), inputs.get(f"{last['iteration']}/evaluate"))
+    if last["role"] != "student" or None in evaluations:
+        return None
+    (names, sizes, before), (_, _, after) = (_test_classes(store, found) for found in evaluations if found)
+    student, gains = f"{last['iteration']}/student", after - before
+    better, worse = int((gains > 0).sum()), int((gains < 0).sum())
+    summary = f"{student} is better than 0/teacher in {better} of {len(names)} classes and worse in {worse}."
+    columns = zip(names, sizes.tolist(), before.tolist(), after.tolist(), gains.tolist(), strict=True)
+    rows = [dict(zip(("name", "images", "before", "after", "gain"), c, strict=True)) for c in columns if c[1]]
+    if len(rows) > figures.MOST_BARS:
+        rows.sort(key=lambda row: -row["gain"])
+        rows = rows[: MOST_CLASS_ROWS // 2] + rows[-MOST_CLASS_ROWS // 2 :]
+    figure = _figure(
+        "Accuracy of each class, teacher and last student",
+        f"Chart of the test accuracy by class. {summary}",
+        summary,
+        lambda theme: figures.class_accuracy(theme, names, before, after, student),
+    )
+    return {"figure": figure, "rows": rows, "student": student, "all": len(rows) == len(names)}
+
+
+def _test_classes(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Class names, test images and accuracy (NaN without images), in the order of the labels."""
+    table = read_table(store, evaluation.file("per_class.parquet")).to_pylist()
+    rows = sorted((row for row in table if row["split"] == "test"), key=lambda row: row["label"])
+    accuracy = [r["class_correct"] / r["class_images"] if r["class_images"] else math.nan for r in rows]
+    return [r["class_name"] for r in rows], np.array([r["class_images"] for r in rows]), np.array(accuracy)
+
+
+def _lineage(inputs: dict[str, Manifest]) -> list[Row]:
+    """Each artifact and what it was made from, in the order of work. Times and machines are left to the manifests."""
+    by_key = {manifest.key: name for name, manifest in inputs.items()}
+    return [
+        {
+            "name": name,
+            "kind": manifest.kind,
+            "key": manifest.key,
+            "generation": manifest.generation,
+            "inputs": [(role, key, by_key.get(key, "")) for role, key in sorted(manifest.inputs.items())],
+            "config": canonical_json(manifest.config).decode() if manifest.config else "",
+        }
+        for name, manifest in sorted(inputs.items(), key=lambda item: _stage_order(item[0]))
+    ]

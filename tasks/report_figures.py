@@ -1,0 +1,250 @@
+"""The report's figures: arrays in, PNG bytes out. Same arrays, same bytes.
+
+Each figure is drawn for a light and a dark page, at the width of a phone, so that its text is read at the size of the
+page's own. matplotlib is loaded by the first figure, not by importing this file.
+"""
+
+import io
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH_IN, HEIGHT_IN, ROW_IN = 4.6, 3.0, 0.2
+DPI = 180  # 828 pixels: sharp at 400 CSS pixels on a screen of two pixels each
+MOST_BARS = 40  # classes that are drawn by name; more are drawn as sorted curves
+MOST_LETTERS = 16
+FONT = "DejaVu Sans"  # comes with matplotlib, so that every machine draws the same letters
+
+_SETTINGS = threading.Lock()  # matplotlib's settings belong to the process; two reports may be drawn at once
+
+History = dict[str, np.ndarray]  # the columns of a training's history, NaN where nothing was measured
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colors of a page. `series` tells models apart (Okabe and Ito's palette: also without red or green)."""
+
+    surface: str
+    text: str
+    muted: str
+    pale: str
+    accent: str
+    warm: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme(
+    surface="#ffffff",
+    text="#1f2937",
+    muted="#9aa3af",
+    pale="#dde2e8",
+    accent="#0072b2",
+    warm="#c2410c",
+    series=("#374151", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+)
+DARK = Theme(
+    surface="#171c24",
+    text="#e5e7eb",
+    muted="#768293",
+    pale="#39424f",
+    accent="#56b4e9",
+    warm="#fb923c",
+    series=("#d1d5db", "#56b4e9", "#ff8a3d", "#2cc795", "#e59ac4", "#f3c04b", "#9fd6f7"),
+)
+
+
+def loss_curves(theme: Theme, histories: dict[str, History]) -> bytes:
+    """Training losses by epoch, one color a model: labeled solid, unlabeled dashed."""
+
+    def paint(axes: "Axes") -> None:
+        for color, (name, history) in zip(_colors(theme, histories), histories.items(), strict=True):
+            axes.plot(history["epoch"], history["loss_labeled"], color=color, label=name)
+            if not np.isnan(history["loss_unlabeled"]).all():
+                axes.plot(history["epoch"], history["loss_unlabeled"], color=color, linestyle=(0, (3, 1.5)))
+        if any(not np.isnan(history["loss_unlabeled"]).all() for history in histories.values()):
+            axes.plot([], [], color=theme.muted, linestyle=(0, (3, 1.5)), label="on unlabeled")
+        axes.set(xlabel="epoch (of the labeled images)", ylabel="loss")
+        axes.set_ylim(bottom=0)
+        _legend(axes)
+
+    return _draw(theme, paint)
+
+
+def history_curves(
+    theme: Theme, histories: dict[str, History], column: str, label: str, percent: bool = False
+) -> bytes:
+    """One column of the histories by epoch, one color a model; dots where it was measured now and then only."""
+
+    def paint(axes: "Axes") -> None:
+        for color, (name, history) in zip(_colors(theme, histories), histories.items(), strict=True):
+            there = ~np.isnan(history[column])
+            values = history[column][there] * (100 if percent else 1)
+            marker = "" if there.all() else "o"
+            axes.plot(history["epoch"][there], values, color=color, marker=marker, markersize=3, label=name)
+        axes.set(xlabel="epoch (of the labeled images)", ylabel=label)
+        _legend(axes)
+
+    return _draw(theme, paint)
+
+
+def confidence_histogram(theme: Theme, counts: Sequence[int], threshold: float | None) -> bytes:
+    """Pseudo-labels by confidence, in equal bins of [0, 1]; bins below the threshold are gray."""
+
+    def paint(axes: "Axes") -> None:
+        left = np.arange(len(counts)) / len(counts)
+        below = left + 1e-9 < (threshold or 0.0)
+        colors = np.where(below, theme.muted, theme.accent)
+        axes.bar(left, counts, width=1 / len(counts), align="edge", color=list(colors), edgecolor=theme.surface)
+        if threshold is not None:
+            axes.axvline(threshold, color=theme.warm)
+            side, shift = ("left", 4) if threshold < 0.6 else ("right", -4)
+            axes.annotate(
+                f"threshold {threshold:g}", (threshold, 0.97), (shift, 0), xycoords=("data", "axes fraction"),
+                textcoords="offset points", color=theme.warm, ha=side, va="top",
+            )  # fmt: skip
+        axes.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
+        _count_axis(axes.yaxis)
+
+    return _draw(theme, paint)
+
+
+def class_counts(theme: Theme, names: Sequence[str], per_class: dict[str, Sequence[int]]) -> bytes:
+    """Images a class before and after balancing (`available`, `kept`, `copies`): bars, or sorted curves for many classes."""
+    available, kept, copies = (np.asarray(per_class[name]) for name in ("available", "kept", "copies"))
+
+    def bars(axes: "Axes") -> None:
+        places = np.arange(len(names))
+        axes.barh(places, available, height=0.8, color=theme.pale, label="labeled as it")
+        axes.barh(places, kept, height=0.45, color=theme.accent, label="kept")
+        axes.plot(copies, places, "|", color=theme.warm, markersize=10, markeredgewidth=2, label="after balancing")
+        _class_axis(axes, names)
+        axes.set(xlabel="images", xlim=(0, None))
+        _count_axis(axes.xaxis)
+        _legend(axes)
+
+    def curves(axes: "Axes") -> None:
+        for values, color, label in (
+            (available, theme.muted, "labeled as it"),
+            (kept, theme.accent, "kept"),
+            (copies, theme.warm, "after balancing"),
+        ):
+            axes.plot(np.sort(values)[::-1], color=color, label=label)
+        axes.set(xlabel="classes, each curve sorted by itself", ylabel="images")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=0)
+        _count_axis(axes.yaxis)
+        _legend(axes)
+
+    if len(names) > MOST_BARS:
+        return _draw(theme, curves)
+    return _draw(theme, bars, len(names))
+
+
+def class_accuracy(theme: Theme, names: Sequence[str], before: np.ndarray, after: np.ndarray, label: str) -> bytes:
+    """Accuracy a class of the teacher and of the student named `label`, in percent; sorted gains for many classes.
+
+    before, after: float [classes] in [0, 1]; NaN for a class without test images.
+    """
+
+    def dumbbells(axes: "Axes") -> None:
+        places = np.arange(len(names))
+        axes.hlines(places, before * 100, after * 100, color=theme.muted, linewidth=2)
+        axes.plot(
+            before * 100, places, "o", color=theme.muted, markerfacecolor=theme.surface, markersize=6, label="0/teacher"
+        )
+        axes.plot(after * 100, places, "o", color=theme.accent, markersize=5, label=label)
+        _class_axis(axes, names)
+        axes.set(xlabel="accuracy on the test images, %")
+        _legend(axes)
+
+    def gains(axes: "Axes") -> None:
+        points = np.sort((after - before)[~np.isnan(after - before)])[::-1] * 100
+        colors = np.where(points < 0, theme.warm, theme.accent)
+        axes.bar(np.arange(len(points)), points, width=1.0, color=list(colors))
+        axes.axhline(0, color=theme.text, linewidth=0.8)
+        axes.set(xlabel="classes, sorted by gain", ylabel="gain over the teacher, points")
+
+    if len(names) > MOST_BARS:
+        return _draw(theme, gains)
+    return _draw(theme, dumbbells, len(names))
+
+
+def _draw(theme: Theme, paint: Callable[["Axes"], None], num_rows: int = 0) -> bytes:
+    """PNG bytes of one pair of axes; tall enough for `num_rows` class names."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    stream = io.BytesIO()
+    with _SETTINGS, matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not the settings of whoever runs this
+        matplotlib.rcParams.update(_settings(theme))
+        figure = Figure(figsize=(WIDTH_IN, max(HEIGHT_IN, 1.0 + ROW_IN * num_rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_axisbelow(True)
+        paint(axes)
+        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _settings(theme: Theme) -> dict[Any, Any]:
+    return {
+        "font.family": FONT,
+        "font.size": 8.5,
+        "text.color": theme.text,
+        "axes.labelcolor": theme.text,
+        "axes.edgecolor": theme.muted,
+        "axes.facecolor": theme.surface,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.xmargin": 0.02,
+        "grid.color": theme.pale,
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.4,
+        "xtick.color": theme.text,
+        "ytick.color": theme.text,
+        "figure.facecolor": theme.surface,
+        "legend.frameon": False,
+        "text.parse_math": False,  # a class may be called `$5`
+    }
+
+
+def _colors(theme: Theme, items: Sequence[str] | dict[str, Any]) -> list[str]:
+    return [theme.series[number % len(theme.series)] for number in range(len(items))]
+
+
+def _legend(axes: "Axes") -> None:
+    """Above the axes, so that it covers no data."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.8, columnspacing=1.2
+    )
+
+
+def _count_axis(axis: Any) -> None:
+    """Whole numbers, as 250, 10k, 1.3M."""
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _class_axis(axes: "Axes", names: Sequence[str]) -> None:
+    """One row a class, the first on top."""
+    axes.set_yticks(np.arange(len(names)), labels=_drawable(names))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+
+
+def _drawable(names: Sequence[str]) -> list[str]:
+    """The class names cut to length; the class's number where the font lacks a letter of its name."""
+    from matplotlib.font_manager import findfont, get_font
+
+    letters = get_font(findfont(FONT)).get_charmap()
+    short = [name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…" for name in names]
+    return [text if all(ord(c) in letters for c in text) else f"class {n}" for n, text in enumerate(short)]

@@ -1,0 +1,42 @@
+"""The table of a run: one record a model. Printed by `nst results`, drawn by the report."""
+
+from typing import Any
+
+from storage.artifacts import Manifest
+
+
+def result_records(experiment: str, manifests: dict[str, Manifest]) -> list[dict[str, Any]]:
+    """One record a model, teacher first, of the stages that are done (`manifests`: stage name -> artifact).
+
+    Fields: iteration, role, ref, key, top1 and top5 on the test set in [0, 1] (None: not measured, or not meaningful),
+    val_top1, and of the selection the model learned from: kept, dropped, duplicated (None for a teacher).
+    """
+    records = []
+    models = sorted((name for name, m in manifests.items() if m.kind == "model" and not name.endswith("/selector")), key=_order)
+    for name in models:
+        iteration, role = name.split("/")
+        test = _metrics(manifests, f"{iteration}/evaluate").get("test", {})
+        val = _metrics(manifests, f"{iteration}/evaluate").get("val", {})
+        chosen = manifests[name].inputs.get("selection")
+        selection = next((m.metrics for m in manifests.values() if m.kind == "selection" and m.key == chosen), {})
+        records.append(
+            {
+                "iteration": int(iteration),
+                "role": role,
+                "ref": f"{experiment}/{name}",
+                "key": manifests[name].key,
+                "top1": test.get("top1"),
+                "top5": test.get("top5"),
+                "val_top1": val.get("top1"),
+                **{field: selection.get(field) for field in ("kept", "dropped", "duplicated")},
+            }
+        )
+    return records
+
+
+def _metrics(manifests: dict[str, Manifest], name: str) -> dict[str, Any]:
+    return manifests[name].metrics if name in manifests else {}
+
+
+def _order(name: str) -> int:
+    return int(name.split("/")[0])

@@ -1,0 +1,106 @@
+"""Every stage goes through here: look the key up, reuse what is there, else run the stage and commit its artifact.
+
+`run_stage` is the plain function; `stage_task` is the one Prefect task around it (Prefect is imported on first use).
+"""
+
+import platform
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from models.compute import ComputeConfig, LocalEngine
+from models.launch import code_state
+from models.numerics import package_versions, resolve_device
+from storage.artifacts import Manifest, commit, discard_attempt, find, get
+from storage.keys import Config
+from storage.objects import Store
+from storage.runs import NodeRecord
+from tasks.contract import OnProgress, Stage, StageContext
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """One stage to be done: its identity, its whole config (fields outside the key too) and its inputs' kinds."""
+
+    store: str
+    record: NodeRecord
+    stage: Stage
+    config: Config
+    input_kinds: dict[str, str]
+    compute: ComputeConfig
+    prefect_run: str = ""
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """The artifact, and whether it was there already."""
+
+    manifest: Manifest
+    reused: bool
+
+
+def run_stage(
+    request: StageRequest,
+    on_progress: OnProgress = lambda progress: None,
+    on_log: Callable[[str], None] = lambda line: None,
+) -> StageOutcome:
+    """Return the stage's artifact, made now or before. A failure leaves parts and checkpoints for the next attempt."""
+    store, record = Store(request.store), request.record
+    existing = find(store, record.kind, record.key)
+    if existing is not None:
+        return StageOutcome(existing, reused=True)
+    inputs = {role: get(store, kind, record.inputs[role]) for role, kind in request.input_kinds.items()}
+    context = StageContext(store, record.key, LocalEngine(request.compute, on_log), request.compute, on_progress)
+    started = time.perf_counter()
+    result = request.stage.run(context, request.config, inputs)
+    manifest = Manifest(
+        kind=record.kind,
+        key=record.key,
+        stage=record.stage,
+        stage_version=record.version,
+        generation=record.generation,
+        config=record.config,
+        inputs=record.inputs,
+        files=result.files,
+        metrics=result.metrics,
+        provenance={**_provenance(request), **result.facts, "seconds": round(time.perf_counter() - started, 3)},
+    )
+    committed = commit(store, manifest)
+    discard_attempt(store, record.kind, record.key, context.attempt)
+    return StageOutcome(committed, reused=False)
+
+
+def stage_task() -> Any:
+    """The Prefect task: `run_stage`, ending in the state `Reused` where the artifact was there already."""
+    from prefect import task
+    from prefect.states import Completed
+
+    @task(name="stage", task_run_name="{name}", persist_result=False)
+    def stage(name: str, request: StageRequest, on_progress: OnProgress, on_log: Callable[[str], None]) -> Any:
+        outcome = run_stage(request, on_progress, on_log)
+        if not outcome.reused:
+            return outcome
+        manifest = outcome.manifest
+        return Completed(name="Reused", message=f"{manifest.kind} {manifest.key} was in the store", data=outcome)
+
+    return stage
+
+
+def missing_inputs(store: Store, record: NodeRecord, kinds: dict[str, str]) -> list[str]:
+    """The roles whose artifacts are not in the store."""
+    return [role for role, kind in kinds.items() if find(store, kind, record.inputs[role]) is None]
+
+
+def _provenance(request: StageRequest) -> dict[str, Any]:
+    return {
+        "code": code_state(),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "device": resolve_device(request.compute),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "prefect_run": request.prefect_run,
+    }
