@@ -122,7 +122,9 @@ def plan(
         table.add_row(row.name, row.key[:12], f"[{style}]{row.status}[/]", escape("; ".join(row.reasons)))
     console.print(table)
     num_running = sum(row.status != "reused" for row in rows)
-    console.print(f"{num_running} of {len(rows)} stages would run, {len(rows) - num_running} are reused", highlight=False)
+    console.print(
+        f"{num_running} of {len(rows)} stages would run, {len(rows) - num_running} are reused", highlight=False
+    )
 
 
 @app.command()
@@ -170,7 +172,11 @@ def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
     """List the artifacts of a store."""
     manifests = list_artifacts(Store(store))
     if as_json:
-        print(json.dumps([m.model_dump(mode="json", include={"kind", "key", "stage", "inputs"}) for m in manifests], indent=1))
+        print(
+            json.dumps(
+                [m.model_dump(mode="json", include={"kind", "key", "stage", "inputs"}) for m in manifests], indent=1
+            )
+        )
         return
     table = Table(box=None)
     for column in ("kind", "key", "created", "files", "bytes"):
@@ -206,7 +212,9 @@ def export(
     target = resolve_ref(opened, ref)
     manifest = find(opened, target.kind, target.key)
     if manifest is None or manifest.kind != "model":
-        raise UserError(f"{ref} is no model in {opened.url}; give a teacher's or a student's ref, as `nst results` prints them")
+        raise UserError(
+            f"{ref} is no model in {opened.url}; give a teacher's or a student's ref, as `nst results` prints them"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"folder {folder} is not empty; give a new one")
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +253,8 @@ def _set_up_prefect(mode: PrefectMode) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     if mode is PrefectMode.ephemeral:
-        os.environ["PREFECT_API_URL"] = ""
+        os.environ.pop("PREFECT_API_URL", None)
+        os.environ["PREFECT_PROFILE"] = "ephemeral"  # Prefect's own, whichever profile the user has made active
         os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what happened is on the display
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
@@ -253,7 +262,9 @@ def _set_up_prefect(mode: PrefectMode) -> None:
     from prefect.settings import get_current_settings
 
     if not get_current_settings().api.url:
-        raise UserError("--prefect server: no server is named; set PREFECT_API_URL (start one with `prefect server start`)")
+        raise UserError(
+            "--prefect server: no server is named; set PREFECT_API_URL (start one with `prefect server start`)"
+        )
 
 
 def _run_plain(recipe: str, overrides: list[str], store: Store, rerun: Rerun, scale: str, display: Any) -> str:

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -18,11 +26,14 @@ PLAIN_INTERVAL_S = 10.0
 class Display(Protocol):
     """Shows a run. One stage at a time."""
 
-    def stage_started(self, name: str) -> None: ...
+    def stage_started(self, name: str) -> None:
+        """A stage begins."""
 
-    def progress(self, progress: dict[str, Any]) -> None: ...
+    def progress(self, progress: dict[str, Any]) -> None:
+        """`done` of `total` `unit` (images)."""
 
-    def stage_ended(self, name: str, outcome: StageOutcome | None) -> None: ...
+    def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
+        """The stage is over; None where it failed."""
 
 
 class PlainDisplay:
@@ -67,7 +78,13 @@ class RichDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=console, transient=True)
         self._task: TaskID | None = None
 
@@ -79,7 +96,9 @@ class RichDisplay:
     def progress(self, progress: dict[str, Any]) -> None:
         """Move the bar."""
         if self._task is not None:
-            self._progress.update(self._task, completed=progress["done"], total=progress["total"], unit=progress["unit"])
+            self._progress.update(
+                self._task, completed=progress["done"], total=progress["total"], unit=progress["unit"]
+            )
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """Replace the bar by one line."""
@@ -114,7 +133,9 @@ def describe(outcome: StageOutcome) -> str:
         "dataset": lambda: ", ".join(f"{metrics[s]['images']:,} {s}" for s in ("labeled", "val", "test", "unlabeled")),
         "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
         "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
-        "selection": lambda: f"{metrics['kept']:,} kept, {metrics['dropped']:,} dropped, {metrics['duplicated']:,} duplicated",
+        "selection": lambda: (
+            f"{metrics['kept']:,} kept, {metrics['dropped']:,} dropped, {metrics['duplicated']:,} duplicated"
+        ),
         "evaluation": lambda: f"test top-1 {metrics['test']['top1']:.2%}",
         "report": lambda: manifest.file("report.html").path,
     }[manifest.kind]()
@@ -126,7 +147,17 @@ def results_table(records: list[dict[str, Any]], title: str) -> Table:
     """The table of a run, one row a model."""
     table = Table(title=title, title_justify="left")
     with_top5 = any(record["top5"] is not None for record in records)
-    names = ["iteration", "role", "top-1", *(["top-5"] if with_top5 else []), "gain", "kept", "dropped", "duplicated", "ref"]
+    names = [
+        "iteration",
+        "role",
+        "top-1",
+        *(["top-5"] if with_top5 else []),
+        "gain",
+        "kept",
+        "dropped",
+        "duplicated",
+        "ref",
+    ]
     for name in names:
         table.add_column(name, justify="left" if name in ("role", "ref") else "right")
     first = next((record["top1"] for record in records if record["top1"] is not None), None)

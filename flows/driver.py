@@ -35,7 +35,9 @@ class Rerun:
             return cls()
         iteration, _, role = text.rpartition("/")
         if role not in ROLES or (iteration and not iteration.isdigit()):
-            raise UserError(f"--rerun {text}: no such stage; choose from {', '.join(ROLES)}, or of one iteration: 2/select")
+            raise UserError(
+                f"--rerun {text}: no such stage; choose from {', '.join(ROLES)}, or of one iteration: 2/select"
+            )
         return cls(role, int(iteration) if iteration else None)
 
     def covers(self, node: Node) -> bool:

@@ -54,7 +54,9 @@ class Experiment(Config):
     data: PrepareConfig = PrepareConfig()
     teacher: TrainConfig
     iterations: tuple[TrainConfig, ...] = Field(min_length=1, max_length=100)
-    selector: TrainConfig | None = Field(None, description="order=once: the network that scores all images; null: the teacher")
+    selector: TrainConfig | None = Field(
+        None, description="order=once: the network that scores all images; null: the teacher"
+    )
     order: Literal["each_iteration", "once"] = Field(
         "each_iteration",
         description="each_iteration: every teacher labels all images and they are selected anew; once (the paper's): a "
@@ -119,7 +121,9 @@ def resolve(raw: dict[str, Any], where: str) -> Experiment:
     common = raw.get("train") or {}
     iterations = raw.get("iterations", [{}])
     if not isinstance(iterations, list) or not all(isinstance(entry, (dict, type(None))) for entry in iterations):
-        raise UserError(f"{where}: iterations must be a list with one entry a student, e.g. [{{}}, {{batch_ratio: 28}}]")
+        raise UserError(
+            f"{where}: iterations must be a list with one entry a student, e.g. [{{}}, {{batch_ratio: 28}}]"
+        )
     student = merge(common, raw.get("student") or {})
     fields["teacher"] = merge(common, raw.get("teacher") or {})
     fields["iterations"] = [merge(student, entry or {}) for entry in iterations]
@@ -136,7 +140,9 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(base)
     for name, value in top.items():
         below = merged.get(name)
-        merged[name] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else copy.deepcopy(value)
+        merged[name] = (
+            merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else copy.deepcopy(value)
+        )
     return merged
 
 

@@ -47,6 +47,11 @@ def prefect_stage(run: Run) -> Any:
     on_log = (lambda line: None) if _display else get_run_logger().info
 
     def do_stage(request: StageRequest) -> StageOutcome:
-        return shown(request, display, lambda: stage(request.record.name, request, display.progress, on_log))
+        def work() -> StageOutcome:
+            state = stage(request.record.name, request, display.progress, on_log, return_state=True)
+            outcome: StageOutcome = state.result()  # raises the stage's own error
+            return outcome
+
+        return shown(request, display, work)
 
     return do_stage

@@ -73,13 +73,13 @@ def field_names(annotation: Any, prefix: str = "") -> list[str]:
         dotted = f"{prefix}{name}"
         names.append(dotted)
         inner = _item_of(field.annotation)
-        names += field_names(inner, f"{dotted}.1.") if inner is not None else field_names(field.annotation, f"{dotted}.")
+        names += (
+            field_names(inner, f"{dotted}.1.") if inner is not None else field_names(field.annotation, f"{dotted}.")
+        )
     return names
 
 
-def _descend(
-    annotation: Any, place: Any, step: str, so_far: str, where: str, root: type[BaseModel]
-) -> tuple[Any, Any]:
+def _descend(annotation: Any, place: Any, step: str, so_far: str, where: str, root: type[BaseModel]) -> tuple[Any, Any]:
     """The annotation of a step, and its key in the raw value at `place`."""
     item = _item_of(annotation)
     if isinstance(place, list) and item is not None:

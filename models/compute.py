@@ -30,7 +30,8 @@ class ComputeConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     inference_batch: int = Field(64, ge=1, description="images of an inference batch; the last one is padded to it")
-    shards_per_task: int = Field(16, ge=1, description="shards that one inference process takes at once, at most")
+    task_images: int = Field(2000, ge=1, description="images that are worth a process of their own, at least")
+    shards_per_task: int = Field(16, ge=1, description="shards that one process takes at once, at most")
     checkpoint_steps: int = Field(500, ge=1, description="training steps between two checkpoints")
 
 
@@ -90,6 +91,19 @@ class LocalEngine:
     def processes(self) -> int:
         """How many children `map` runs at once."""
         return self._config.processes or num_cores()
+
+
+def group_shards(images: Sequence[int], processes: int, config: ComputeConfig) -> list[range]:
+    """Cut a list of shards (their image counts) into consecutive groups, each one spec of `map`.
+
+    As many groups as there are processes, but none for fewer than `task_images` images, because a process takes seconds
+    to start, and none with more than `shards_per_task` shards.
+    """
+    if not images:
+        return []
+    wanted = max(1, min(processes, sum(images) // config.task_images))
+    size = min(config.shards_per_task, -(-len(images) // wanted))
+    return [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
 
 
 def num_cores() -> int:

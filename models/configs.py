@@ -46,11 +46,15 @@ class ModelConfig(Config):
     name: str = Field(min_length=1, description="timm's name of the network")
     args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
     image_size: int = Field(224, ge=8, le=4096, description="height and width of the input, in pixels")
-    crop_pct: float = Field(1.0, gt=0, le=1, description="share of the shorter side that the clean view's center crop keeps")
+    crop_pct: float = Field(
+        1.0, gt=0, le=1, description="share of the shorter side that the clean view's center crop keeps"
+    )
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of the RGB channels in [0, 1]")
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="of the RGB channels in [0, 1]")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: drop rate of the last block, linear from 0")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: drop rate of the last block, linear from 0"
+    )
 
 
 class OptimizerConfig(Config):
@@ -85,7 +89,9 @@ class TrainConfig(Config):
     epochs: float = Field(350.0, gt=0, description="passes over the labeled set")
     labeled_batch: int = Field(2048, ge=1, description="labeled images of a global batch")
     batch_ratio: float = Field(3.0, gt=0, description="unlabeled : labeled images of a batch")
-    replicas: int = Field(1, ge=1, description="micro-batches of a global batch, each with its own batch-norm statistics")
+    replicas: int = Field(
+        1, ge=1, description="micro-batches of a global batch, each with its own batch-norm statistics"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the weight average that predicts and is evaluated")
@@ -106,7 +112,9 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainConfig":
         if self.labeled_batch % self.replicas:
-            raise ValueError(f"labeled_batch={self.labeled_batch} does not divide into replicas={self.replicas} equal parts")
+            raise ValueError(
+                f"labeled_batch={self.labeled_batch} does not divide into replicas={self.replicas} equal parts"
+            )
         return self
 
     def as_teacher(self) -> "TrainConfig":

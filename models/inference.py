@@ -15,42 +15,37 @@ from models.zoo import load_folder, materialize
 from storage.artifacts import find_part, get, publish_part
 from storage.errors import StoreError
 from storage.objects import Store
-from storage.shards import shard_files, write_parquet
+from storage.shards import write_parquet
 
 
 def label_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    """Worker function: predict the shards `spec["parts"]` (shard name -> part key) and publish a part for each.
+    """Worker function: predict the shards `spec["parts"]` (split, shard name, part key), publish a part for each.
 
-    `spec`: store, stage, model (key), source {kind, key, split}, parts, numerics, unique (only first copies of a
+    `spec`: store, stage, model (key), num_classes, source {kind, key}, parts, numerics, unique (only first copies of a
     selection's images). Batches are padded to a constant size and never cross shards, so a part's bytes depend on
     its shard, the network and the numerics alone. Raises StoreError on NaN or Inf, with the shard and key.
     """
     torch.set_num_threads(worker.threads)
     store, numerics = Store(spec["store"]), spec["numerics"]
     source = get(store, spec["source"]["kind"], spec["source"]["key"])
-    images = IndexedImages(store, source, spec["source"]["split"])
-    wanted = [shard for shard in shard_files(source, spec["source"]["split"]) if shard.name in spec["parts"]]
-    starts = dict(zip((s.name for s in shard_files(source, spec["source"]["split"])), _starts(images), strict=True))
+    splits = {split: IndexedImages(store, source, split) for split in {split for split, _, _ in spec["parts"]}}
     model, view = load_model(store, spec["model"], numerics)
-    done, total = 0, sum(shard.rows or 0 for shard in wanted)
-    for shard in wanted:
+    rows = {(split, name): splits[split].rows_of(name, spec["unique"]) for split, name, _ in spec["parts"]}
+    done, total = 0, sum(len(found) for found in rows.values())
+    for split, name, part_key in spec["parts"]:
         if worker.stop_requested:
             raise Stopped
-        part_key = spec["parts"][shard.name]
-        rows = range(starts[shard.name], starts[shard.name] + (shard.rows or 0))
-        if spec["unique"]:
-            first = images.index["copy"].to_numpy() == 0
-            rows = [row for row in rows if first[row]]  # type: ignore[assignment]
+        own = rows[split, name]
         if find_part(store, spec["stage"], part_key, numerics) is None:
             probabilities = []
-            for start in range(0, len(rows), numerics["batch"]):
-                batch = rows[start : start + numerics["batch"]]
-                probabilities.append(_predict(model, images, batch, view, numerics))
+            for start in range(0, len(own), numerics["batch"]):
+                batch = own[start : start + numerics["batch"]]
+                probabilities.append(_predict(model, splits[split], batch, view, numerics))
                 worker.progress(done + start + len(batch), total)
-            _publish(store, spec, part_key, images, rows, probabilities, shard.name)
-        done += shard.rows or 0
+            _publish(store, spec, part_key, splits[split], own, probabilities)
+        done += len(own)
     worker.progress(total, total, last=True)
-    return {"parts": spec["parts"]}
+    return {}
 
 
 def load_model(store: Store, key: str, numerics: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -58,7 +53,7 @@ def load_model(store: Store, key: str, numerics: dict[str, Any]) -> tuple[nn.Mod
     with tempfile.TemporaryDirectory(prefix="nst-model-") as folder:
         materialize(store, get(store, "model", key), Path(folder))
         model = load_folder(Path(folder))
-    input_config = model.pretrained_cfg
+    input_config: Any = model.pretrained_cfg
     model = model.to(numerics["device"])
     if numerics["layout"] == "channels_last":
         model = model.to(memory_format=torch.channels_last)
@@ -106,13 +101,7 @@ def forward_probabilities(
 
 
 def _publish(
-    store: Store,
-    spec: dict[str, Any],
-    part_key: str,
-    images: IndexedImages,
-    rows: Any,
-    probabilities: list[np.ndarray],
-    shard_name: str,
+    store: Store, spec: dict[str, Any], part_key: str, images: IndexedImages, rows: Any, probabilities: list[np.ndarray]
 ) -> None:
     key_column = "source_key" if spec["unique"] else "key"
     keys = images.index[key_column].take(list(rows)).to_pylist()
@@ -120,9 +109,4 @@ def _publish(
     with store.staging() as folder:
         path = folder / "predictions.parquet"
         write_parquet(path, predictions_table(keys, values))
-        name = f"predictions/{shard_name.split('/')[-1].removesuffix('.tar')}.parquet"
-        publish_part(store, spec["stage"], part_key, spec["numerics"], {name: (path, len(keys))})
-
-
-def _starts(images: IndexedImages) -> list[int]:
-    return [int(start) for start in np.cumsum([0, *images.shard_rows])[:-1]]
+        publish_part(store, spec["stage"], part_key, spec["numerics"], {path.name: (path, len(keys))})

@@ -4,18 +4,21 @@ Position p of a stream is row `order.rows(p)` of its index, noised by a generato
 each replica, its share of labeled and unlabeled positions. So a loader may start at any step, in any process.
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from models.configs import NoiseConfig, TrainConfig
 from models.noise import clean_view, noised_view
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
+from models.predictions import read_predictions
 from storage.artifacts import Manifest
 from storage.errors import StoreError
 from storage.images import ImageError, decode_rgb
@@ -23,6 +26,7 @@ from storage.objects import Store
 from storage.shards import ShardReader, read_index, shard_files
 
 PREFETCH_BATCHES = 4
+CACHE_BYTES = 512 << 20  # decoded pixels that a process keeps of one split: small data sets are decoded once
 
 
 @dataclass
@@ -40,7 +44,8 @@ class IndexedImages:
     def __init__(self, store: Store, manifest: Manifest, split: str) -> None:
         index = read_index(store, manifest, split)
         self.index = index
-        self.shard_rows = [entry.rows or 0 for entry in shard_files(manifest, split)]
+        self._files = shard_files(manifest, split)
+        self.shard_rows = [entry.rows or 0 for entry in self._files]
         shard = index["shard"].combine_chunks()
         shard = shard.chunk(0) if isinstance(shard, pa.ChunkedArray) else shard
         self._shards = shard.dictionary.to_pylist()
@@ -48,24 +53,41 @@ class IndexedImages:
         self._offset = index["offset"].to_numpy()
         self._bytes = index["bytes"].to_numpy()
         self._sha256 = index["sha256"]
+        pixels = pc.sum(pc.multiply(index["width"].cast(pa.int64()), index["height"].cast(pa.int64()))).as_py() or 0
+        self._decoded: dict[int, Any] | None = {} if pixels * 3 <= CACHE_BYTES else None
         self.labels = index["label"].to_numpy()
         self._reader = ShardReader(store)
 
     def __len__(self) -> int:
         return len(self._offset)
 
+    def rows_of(self, shard_name: str, unique: bool = False) -> list[int]:
+        """The rows of a shard by its logical name; with `unique`, only those that are an image's first copy."""
+        number = [entry.name for entry in self._files].index(shard_name)
+        start = sum(self.shard_rows[:number])
+        rows = range(start, start + self.shard_rows[number])
+        if not unique:
+            return list(rows)
+        copies = self.index["copy"].to_numpy()
+        return [row for row in rows if copies[row] == 0]
+
     def shard_path(self, row: int) -> str:
         """The object that holds a row's bytes."""
         return str(self._shards[self._shard_of[row]])
 
     def image(self, row: int) -> Any:
-        """The decoded RGB image of a row. Raises StoreError where its bytes are not what the index says."""
+        """The decoded RGB image of a row, not to be changed. Raises StoreError where its bytes are not the index's."""
+        if self._decoded is not None and row in self._decoded:
+            return self._decoded[row]
         path = self.shard_path(row)
         data = self._reader.read(path, int(self._offset[row]), int(self._bytes[row]), self._sha256[row].as_py())
         try:
-            return decode_rgb(data)
+            image = decode_rgb(data)
         except ImageError as error:
             raise StoreError(f"shard {path}, sample {self.index['key'][row].as_py()}: {error}") from error
+        if self._decoded is not None:
+            self._decoded[row] = image
+        return image
 
 
 class TrainingBatches(Dataset):
@@ -94,7 +116,9 @@ class TrainingBatches(Dataset):
         n = config.replica_labeled
         start = (step * config.replicas + replica) * n
         rows = self._labeled_order.rows(start, n)
-        images = [self._noised(self._labeled, row, config.noise, LABELED_STREAM, start + i) for i, row in enumerate(rows)]
+        images = [
+            self._noised(self._labeled, row, config.noise, LABELED_STREAM, start + i) for i, row in enumerate(rows)
+        ]
         labels = torch.from_numpy(self._labeled.labels[rows].astype(np.int64))
         pseudo = torch.zeros(0)
         if self._unlabeled is not None and self._pseudo_labels is not None:
@@ -122,6 +146,7 @@ class PseudoLabels:
             self._joined = _join_labels(store, images, labels)
             return
         self._reader = ShardReader(store)
+        self._read: dict[int, np.ndarray] = {}
         self._offset = images.index["soft_offset"].to_numpy()
         self._bytes = images.index["soft_bytes"].to_numpy()
 
@@ -129,36 +154,41 @@ class PseudoLabels:
         """Probabilities of these rows, float32 [rows, classes]."""
         if self._joined is not None:
             return self._joined[rows].astype(np.float32)
-        return np.stack([self._baked(int(row)) for row in rows])
+        return np.stack([self._baked(int(row)) for row in rows]).astype(np.float32)
 
     def _baked(self, row: int) -> np.ndarray:
-        import io
-
+        if row in self._read:
+            return self._read[row]
         data = self._reader.read(self._images.shard_path(row), int(self._offset[row]), int(self._bytes[row]))
-        return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
+        label = np.load(io.BytesIO(data), allow_pickle=False)
+        if len(self._images) * label.nbytes <= CACHE_BYTES:
+            self._read[row] = label
+        return label
 
 
 def _join_labels(store: Store, images: IndexedImages, labels: Manifest) -> np.ndarray:
     """Labels of each row by its source key, float16 [rows, classes]. Raises StoreError where a row has none."""
-    from models.predictions import read_predictions
-
     table = read_predictions(store, labels)
     place = {key: number for number, key in enumerate(table["key"].to_pylist())}
     try:
         rows = [place[key] for key in images.index["source_key"].to_pylist()]
     except KeyError as error:
-        raise StoreError(f"labels {labels.key} have no label for image {error}; they are of another selection") from None
+        raise StoreError(
+            f"labels {labels.key} have no label for image {error}; they are of another selection"
+        ) from None
     flat = table["probabilities"].combine_chunks()
     probabilities = np.asarray(flat.flatten()).reshape(len(table), -1)
     return probabilities[rows]
 
 
-def training_loader(batches: TrainingBatches, first_step: int, last_step: int, workers: int) -> Iterator[list[ReplicaBatch]]:
+def training_loader(
+    batches: TrainingBatches, first_step: int, last_step: int, workers: int
+) -> Iterator[list[ReplicaBatch]]:
     """Batches of the steps [first_step, last_step) in order, made ahead by `workers` processes (0: in this one)."""
     loader: DataLoader = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first_step, last_step),  # type: ignore[arg-type]
+        sampler=range(first_step, last_step),
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
     )

@@ -24,7 +24,7 @@ def chosen_numerics(config: ComputeConfig) -> dict[str, Any]:
     return {
         "device": device,
         "dtype": config.dtype,
-        "layout": "channels_last" if device == "cuda" else "contiguous",
+        "layout": "channels_last",
         "compile": False,
         "batch": config.inference_batch,
     }

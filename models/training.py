@@ -123,7 +123,9 @@ class Trainer:
             if self.step % self.spec["checkpoint_steps"] == 0 and not last:
                 self._checkpoint()
         seconds = time.perf_counter() - started
-        facts = {"train_images_per_s": round((self.step - first) * images_a_step / seconds, 1) if self.step > first else 0.0}
+        facts = {
+            "train_images_per_s": round((self.step - first) * images_a_step / seconds, 1) if self.step > first else 0.0
+        }
         return self._publish({**facts, "resumed_at_step": resumed_at})
 
     def _train_step(self, batch: list[ReplicaBatch]) -> dict[str, Any]:
@@ -283,4 +285,3 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         return create_optimizer_v2(model, **arguments)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"optimizer.name={settings.name}: timm cannot build it ({error})") from error
-

@@ -80,7 +80,7 @@ def save(model: nn.Module, config: ModelConfig, class_names: list[str], folder: 
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=1))
     reloaded = load_folder(folder)
     probe = torch.linspace(-2, 2, 2 * 3 * config.image_size**2).reshape(2, 3, config.image_size, config.image_size)
-    original = model.to("cpu").eval()
+    original = model.to("cpu", memory_format=torch.contiguous_format).eval()
     with torch.inference_mode():
         difference = (reloaded(probe) - original(probe)).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:

@@ -13,6 +13,7 @@ Readers see an artifact whole or not at all. A part's key is a digest of what it
 artifact's), so a data set that grows keeps the parts that did not change.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def publish_part(
     stage: str,
     key: str,
     numerics: dict[str, Any],
-    files: dict[str, tuple[Path, int | None]],
+    files: Mapping[str, tuple[Path, int | None]],
     facts: dict[str, Any] | None = None,
 ) -> Part:
     """Move a part's finished files (logical name -> local file, rows) into the store, then mark the part as done.

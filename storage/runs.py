@@ -122,5 +122,9 @@ def resolve_ref(store: Store, name: str) -> Ref:
 
 def _numbers_of_ref(store: Store, name: str) -> list[int]:
     prefix = f"refs/{name}/@"
-    stems = [path.removeprefix(prefix).removesuffix(".json") for path in store.list(f"refs/{name}") if path.startswith(prefix)]
+    stems = [
+        path.removeprefix(prefix).removesuffix(".json")
+        for path in store.list(f"refs/{name}")
+        if path.startswith(prefix)
+    ]
     return sorted(int(stem) for stem in stems if stem.isdigit())

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from models.compute import group_shards
 from models.numerics import chosen_numerics, part_numerics
 from storage.artifacts import FileEntry, Manifest, agree_numerics, find_part
 from storage.errors import StoreError, UserError
@@ -48,28 +49,26 @@ def predict(
     """
     check_classes(model, source)
     numerics = part_numerics(_numerics(context, kind))
-    shards = {split: shard_files(source, split) for split in splits}
-    keys = {shard.name: _part_key(model, shard, unique) for own in shards.values() for shard in own}
-    specs, total = [], 0
-    for split, own in shards.items():
-        missing = [s for s in own if find_part(context.store, PREDICT, keys[s.name], numerics) is None]
-        total += sum(shard.rows or 0 for shard in missing)
-        size = min(context.compute.shards_per_task, max(1, -(-len(missing) // context.engine.processes)))
-        specs += [
-            {
-                "store": context.store.url,
-                "stage": PREDICT,
-                "model": model.key,
-                "num_classes": len(model.metrics["class_names"]),
-                "source": {"kind": source.kind, "key": source.key, "split": split},
-                "parts": {shard.name: keys[shard.name] for shard in missing[start : start + size]},
-                "numerics": numerics,
-                "unique": unique,
-            }
-            for start in range(0, len(missing), size)
-        ]
-    context.engine.map("models.inference:label_shards", specs, context.progress_of(total))
-    return {split: _named_parts(context, split, [keys[s.name] for s in own], numerics) for split, own in shards.items()}
+    shards = [(split, shard) for split in splits for shard in shard_files(source, split)]
+    keys = {shard.name: _part_key(model, shard, unique) for _, shard in shards}
+    missing = [(s, f) for s, f in shards if find_part(context.store, PREDICT, keys[f.name], numerics) is None]
+    sizes = [shard.rows or 0 for _, shard in missing]
+    specs = [
+        {
+            "store": context.store.url,
+            "stage": PREDICT,
+            "model": model.key,
+            "num_classes": len(model.metrics["class_names"]),
+            "source": {"kind": source.kind, "key": source.key},
+            "parts": [(missing[i][0], missing[i][1].name, keys[missing[i][1].name]) for i in group],
+            "numerics": numerics,
+            "unique": unique,
+        }
+        for group in group_shards(sizes, context.engine.processes, context.compute)
+    ]
+    context.engine.map("models.inference:label_shards", specs, context.progress_of(sum(sizes)))
+    own = {split: [keys[shard.name] for of, shard in shards if of == split] for split in splits}
+    return {split: _named_parts(context, split, own[split], numerics) for split in splits}
 
 
 def _named_parts(
@@ -88,8 +87,14 @@ def check_classes(model: Manifest, source: Manifest) -> None:
     """Raise UserError where a model was trained on other classes than those of the data."""
     own, wanted = model.metrics["class_names"], source.metrics["class_names"]
     if own != wanted:
-        differ = f"{len(own)} classes, the data {len(wanted)}" if len(own) != len(wanted) else "other class names than the data"
-        raise UserError(f"model {model.key[:12]} has {differ}; train a teacher on this data, or choose data of its classes")
+        differ = (
+            f"{len(own)} classes, the data {len(wanted)}"
+            if len(own) != len(wanted)
+            else "other class names than the data"
+        )
+        raise UserError(
+            f"model {model.key[:12]} has {differ}; train a teacher on this data, or choose data of its classes"
+        )
 
 
 def _part_key(model: Manifest, shard: FileEntry, unique: bool) -> str:

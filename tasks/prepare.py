@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from models.compute import group_shards
 from models.worker import Stopped, Worker
 from storage.artifacts import FileEntry, Manifest, Part, find_part, publish_part
 from storage.errors import UserError
@@ -174,20 +175,22 @@ def _plan(split: str, files: Sequence[SourceFile], rows: Sequence[tuple[int, int
     by_file: dict[int, list[int]] = {}
     for number, row in rows:
         by_file.setdefault(number, []).append(row)
-    return ShardPlan(split=split, pieces=tuple((files[number], tuple(found)) for number, found in sorted(by_file.items())))
+    return ShardPlan(
+        split=split, pieces=tuple((files[number], tuple(found)) for number, found in sorted(by_file.items()))
+    )
 
 
 def _make_shards(context: StageContext, config: PrepareConfig, plans: list[ShardPlan]) -> list[Part]:
     """Make the missing shards in child processes, then read all parts."""
     missing = [p for p in plans if find_part(context.store, "prepare", p.part_key(), NO_NUMERICS) is None]
-    size = min(context.compute.shards_per_task, max(1, -(-len(missing) // context.engine.processes)))
+    groups = group_shards([plan.num_images for plan in missing], context.engine.processes, context.compute)
     specs = [
         {
             "store": context.store.url,
             "config": config.model_dump(mode="json"),
-            "plans": [plan.model_dump(mode="json") for plan in missing[start : start + size]],
+            "plans": [missing[place].model_dump(mode="json") for place in group],
         }
-        for start in range(0, len(missing), size)
+        for group in groups
     ]
     context.engine.map("tasks.prepare:write_shards", specs, context.progress_of(sum(p.num_images for p in missing)))
     parts = [find_part(context.store, "prepare", plan.part_key(), NO_NUMERICS) for plan in plans]

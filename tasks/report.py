@@ -102,11 +102,12 @@ def pick_decisions(decisions: Path, kept: bool, classes: Sequence[int], most: in
     query = """
         SELECT label_group, least(floor(confidence * $bins), $bins - 1) AS bin,
             arg_min(
-                {'key': key, 'label': label, 'confidence': confidence, 'decision': decision, 'copies': copies}, md5(key), $most
+                {'key': key, 'label': label, 'confidence': confidence, 'decision': decision, 'copies': copies},
+                md5(key), $most
             )
         FROM (
             SELECT *, CASE WHEN $kept THEN label ELSE 0 END AS label_group FROM read_parquet($decisions)
-            WHERE (decision = 'kept') = $kept AND (NOT $kept OR list_contains($wanted, label))
+            WHERE (decision = 'kept') = $kept AND (NOT $kept OR label IN (SELECT unnest($wanted)))
         )
         GROUP BY label_group, bin ORDER BY label_group, bin
     """
@@ -132,7 +133,7 @@ def locate_images(store: Store, data: Manifest, keys: Sequence[str]) -> dict[str
     paths = {str(store.local_path(data.file(index_name(shard)).path)): shard.path for shard in shards}
     query = """
         SELECT key, filename, "offset", bytes, sha256, source FROM read_parquet($files, filename = true)
-        WHERE list_contains($keys, key)
+        WHERE key IN (SELECT unnest($keys))
     """
     with duckdb.connect() as connection:
         found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()
@@ -226,7 +227,7 @@ def _training_figures(store: Store, inputs: dict[str, Manifest]) -> list[dict[st
         _figure(
             "Loss",
             f"Line chart of the training loss by epoch of {models}.",
-            "Of single batches, under noise. The loss on unlabeled images compares with soft labels, so it does not end at 0.",
+            "Of single batches, under noise. Against soft pseudo-labels the loss cannot reach 0.",
             lambda theme: figures.loss_curves(theme, histories),
         ),
         _figure(

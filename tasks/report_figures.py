@@ -15,10 +15,12 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH_IN, HEIGHT_IN, ROW_IN = 4.6, 3.0, 0.2
-DPI = 180  # 828 pixels: sharp at 400 CSS pixels on a screen of two pixels each
+WIDTH_IN, HEIGHT_IN, ROW_IN = 4.2, 2.9, 0.2
+DPI = 190  # 798 pixels: sharp at 400 CSS pixels on a screen of two pixels each
 MOST_BARS = 40  # classes that are drawn by name; more are drawn as sorted curves
 MOST_LETTERS = 16
+LEGEND_COLUMNS = 3
+WIDE_RANGE = 100  # counts that differ by more are drawn on a logarithmic scale
 FONT = "DejaVu Sans"  # comes with matplotlib, so that every machine draws the same letters
 
 _SETTINGS = threading.Lock()  # matplotlib's settings belong to the process; two reports may be drawn at once
@@ -115,28 +117,33 @@ def confidence_histogram(theme: Theme, counts: Sequence[int], threshold: float |
 
 
 def class_counts(theme: Theme, names: Sequence[str], per_class: dict[str, Sequence[int]]) -> bytes:
-    """Images a class before and after balancing (`available`, `kept`, `copies`): bars, or sorted curves for many classes."""
+    """Images a class before and after balancing; sorted curves for many classes.
+
+    per_class: counts in the order of the classes, `available` (predicted as the class), `kept` and `copies`.
+    """
     available, kept, copies = (np.asarray(per_class[name]) for name in ("available", "kept", "copies"))
 
     def bars(axes: "Axes") -> None:
         places = np.arange(len(names))
-        axes.barh(places, available, height=0.8, color=theme.pale, label="labeled as it")
+        axes.barh(places, available, height=0.8, color=theme.pale, label="predicted")
         axes.barh(places, kept, height=0.45, color=theme.accent, label="kept")
         axes.plot(copies, places, "|", color=theme.warm, markersize=10, markeredgewidth=2, label="after balancing")
         _class_axis(axes, names)
         axes.set(xlabel="images", xlim=(0, None))
         _count_axis(axes.xaxis)
-        _legend(axes)
+        _legend(axes, first=("predicted", "kept"))
 
     def curves(axes: "Axes") -> None:
         for values, color, label in (
-            (available, theme.muted, "labeled as it"),
+            (available, theme.muted, "predicted"),
             (kept, theme.accent, "kept"),
             (copies, theme.warm, "after balancing"),
         ):
             axes.plot(np.sort(values)[::-1], color=color, label=label)
         axes.set(xlabel="classes, each curve sorted by itself", ylabel="images")
-        axes.set_yscale("symlog", linthresh=1)
+        least = min(available[available > 0].min(initial=1), kept[kept > 0].min(initial=1))
+        if max(available.max(), copies.max()) > WIDE_RANGE * least:
+            axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(bottom=0)
         _count_axis(axes.yaxis)
         _legend(axes)
@@ -195,7 +202,7 @@ def _draw(theme: Theme, paint: Callable[["Axes"], None], num_rows: int = 0) -> b
 def _settings(theme: Theme) -> dict[Any, Any]:
     return {
         "font.family": FONT,
-        "font.size": 8.5,
+        "font.size": 9.5,
         "text.color": theme.text,
         "axes.labelcolor": theme.text,
         "axes.edgecolor": theme.muted,
@@ -219,11 +226,16 @@ def _colors(theme: Theme, items: Sequence[str] | dict[str, Any]) -> list[str]:
     return [theme.series[number % len(theme.series)] for number in range(len(items))]
 
 
-def _legend(axes: "Axes") -> None:
-    """Above the axes, so that it covers no data."""
+def _legend(axes: "Axes", first: Sequence[str] = ()) -> None:
+    """Above the axes, so that it covers no data; read row by row, while matplotlib fills it column by column."""
+    handles, names = axes.get_legend_handles_labels()
+    by_name = dict(zip(names, handles, strict=True))
+    names = [*first, *(name for name in names if name not in first)]
+    by_column = [name for column in range(LEGEND_COLUMNS) for name in names[column::LEGEND_COLUMNS]]
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.8, columnspacing=1.2
-    )
+        [by_name[name] for name in by_column], by_column, ncols=LEGEND_COLUMNS, loc="lower left",
+        bbox_to_anchor=(0, 1.0), borderaxespad=0.2, handlelength=1.6, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _count_axis(axis: Any) -> None:

@@ -12,7 +12,9 @@ def result_records(experiment: str, manifests: dict[str, Manifest]) -> list[dict
     val_top1, and of the selection the model learned from: kept, dropped, duplicated (None for a teacher).
     """
     records = []
-    models = sorted((name for name, m in manifests.items() if m.kind == "model" and not name.endswith("/selector")), key=_order)
+    models = sorted(
+        (name for name, m in manifests.items() if m.kind == "model" and not name.endswith("/selector")), key=_order
+    )
     for name in models:
         iteration, role = name.split("/")
         test = _metrics(manifests, f"{iteration}/evaluate").get("test", {})

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from models.compute import group_shards
 from models.worker import Stopped, Worker
 from storage.artifacts import FileEntry, Manifest, Part, find_part, get, publish_part
 from storage.errors import UserError
@@ -71,16 +72,16 @@ def select(context: StageContext, config: SelectConfig, inputs: dict[str, Manife
     num_shards = -(-(layout.rows or 0) // config.shard_images)
     keys = [digest({"version": VERSION, "selection": context.key, "shard": n}) for n in range(num_shards)]
     missing = [n for n in range(num_shards) if find_part(context.store, "select", keys[n], NO_NUMERICS) is None]
-    size = min(context.compute.shards_per_task, max(1, -(-len(missing) // context.engine.processes)))
+    sizes = [min(config.shard_images, (layout.rows or 0) - n * config.shard_images) for n in missing]
     specs = [
         {
             "store": context.store.url,
             "config": config.model_dump(mode="json"),
             "layout": layout.model_dump(),
             "labels": labels.key,
-            "parts": {str(n): keys[n] for n in missing[start : start + size]},
+            "parts": {str(missing[place]): keys[missing[place]] for place in group},
         }
-        for start in range(0, len(missing), size)
+        for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
     context.engine.map("tasks.select:write_shards", specs, context.progress_of(layout.rows or 0))
     files = [plan.file("decisions.parquet")]
@@ -197,7 +198,7 @@ def _plan_part(context: StageContext, config: SelectConfig, data: Manifest, labe
         facts = _summary(decisions, config, labels.metrics["class_names"])
         num_copies = _write_batches(layout, lay_out(decisions, indices, config.seed))
         files = {"decisions.parquet": (decisions, num_decisions), "layout.parquet": (layout, num_copies)}
-        return publish_part(store, "select", key, NO_NUMERICS, files, facts)  # type: ignore[arg-type]
+        return publish_part(store, "select", key, NO_NUMERICS, files, facts)
 
 
 def _write_batches(path: Path, batches: Iterator[pa.RecordBatch]) -> int:
@@ -263,7 +264,11 @@ def _write_shard(
                 "copy": row["copy"],
             }
             row["extension"] = image_extension(image)
-            members = {row["extension"]: image, "npy": npy_bytes(soft), "json": json.dumps(facts, sort_keys=True).encode()}
+            members = {
+                row["extension"]: image,
+                "npy": npy_bytes(soft),
+                "json": json.dumps(facts, sort_keys=True).encode(),
+            }
             yield ShardSample(row["key"], members)
 
     with store.staging() as folder:
@@ -271,10 +276,12 @@ def _write_shard(
         for row, place in zip(rows, places, strict=True):
             row["offset"], row["bytes"] = place[row["extension"]]
             row["soft_offset"], row["soft_bytes"] = place["npy"]
-        index = pa.Table.from_pylist([{name: row[name] for name in SELECTION_SCHEMA.names} for row in rows], SELECTION_SCHEMA)
+        index = pa.Table.from_pylist(
+            [{name: row[name] for name in SELECTION_SCHEMA.names} for row in rows], SELECTION_SCHEMA
+        )
         write_parquet(folder / "index.parquet", index)
         files = {name: (folder / name, len(rows)) for name in ("shard.tar", "index.parquet")}
-        publish_part(store, "select", part_key, NO_NUMERICS, files)  # type: ignore[arg-type]
+        publish_part(store, "select", part_key, NO_NUMERICS, files)
 
 
 def _soft_labels(store: Store, labels: Manifest, rows: list[dict[str, Any]]) -> np.ndarray:

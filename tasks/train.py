@@ -18,7 +18,9 @@ def train(context: StageContext, config: TrainConfig, inputs: dict[str, Manifest
     check_batches(config, "train", data, selection)
     ranks = context.compute.ranks
     if config.replicas % ranks:
-        raise UserError(f"compute.ranks={ranks} does not divide train.replicas={config.replicas}; choose a divisor of it")
+        raise UserError(
+            f"compute.ranks={ranks} does not divide train.replicas={config.replicas}; choose a divisor of it"
+        )
     spec = {
         "store": context.store.url,
         "key": context.key,

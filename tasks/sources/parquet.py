@@ -23,7 +23,9 @@ class ParquetSource:
     def files(self) -> list[SourceFile]:
         """Every split's files. Raises UserError naming the folder, the pattern or the file and the remedy."""
         if not self._root.is_dir():
-            raise UserError(f"data.root: folder {self._root} does not exist; set data.root=FOLDER to where the images are")
+            raise UserError(
+                f"data.root: folder {self._root} does not exist; set data.root=FOLDER to where the images are"
+            )
         return [self._describe(split, path) for split in SPLITS for path in self._matches(split)]
 
     def class_names(self) -> list[str]:
@@ -39,7 +41,9 @@ class ParquetSource:
         """The column `label`, int64 [rows]."""
         column = self._open(self._root / file.name).read(columns=["label"])["label"]
         if column.null_count:
-            raise UserError(f"{file.name}: {column.null_count} rows of column 'label' are empty; every {file.split} image needs a label")
+            raise UserError(
+                f"{file.name}: {column.null_count} rows of column 'label' are empty; every {file.split} image needs a label"
+            )
         return column.to_numpy().astype(np.int64)
 
     def read(self, file: SourceFile, rows: Sequence[int]) -> Iterator[RawImage]:
@@ -60,22 +64,32 @@ class ParquetSource:
         place = self._root / pattern
         found = sorted(place.rglob("*.parquet") if place.is_dir() else self._root.glob(pattern)) if pattern else []
         if not found:
-            raise UserError(f"data.{split}: nothing matches {pattern!r} in {self._root}; set data.{split} to a file, pattern or folder")
+            raise UserError(
+                f"data.{split}: nothing matches {pattern!r} in {self._root}; set data.{split} to a file, pattern or folder"
+            )
         return found
 
     def _open(self, path: Path) -> pq.ParquetFile:
         try:
             return pq.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is not a readable Parquet file ({error}); replace it or leave it out of the pattern") from error
+            raise UserError(
+                f"{path} is not a readable Parquet file ({error}); replace it or leave it out of the pattern"
+            ) from error
 
     def _describe(self, split: str, path: Path) -> SourceFile:
         schema = self._open(path).schema_arrow
         image = schema.field("image").type if "image" in schema.names else None
         if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-            raise UserError(f"{path} has no column 'image: struct<bytes, path>' (it has {', '.join(schema.names)}); write it with `datasets`")
-        if split != "unlabeled" and ("label" not in schema.names or not pa.types.is_integer(schema.field("label").type)):
-            raise UserError(f"{path} has no integer column 'label', which data.{split} needs (it has {', '.join(schema.names)})")
+            raise UserError(
+                f"{path} has no column 'image: struct<bytes, path>' (it has {', '.join(schema.names)}); write it with `datasets`"
+            )
+        if split != "unlabeled" and (
+            "label" not in schema.names or not pa.types.is_integer(schema.field("label").type)
+        ):
+            raise UserError(
+                f"{path} has no integer column 'label', which data.{split} needs (it has {', '.join(schema.names)})"
+            )
         name = path.relative_to(self._root).as_posix()
         rows = self._open(path).metadata.num_rows
         return SourceFile(split=split, name=name, bytes=path.stat().st_size, sha256=file_sha256(path), rows=rows)

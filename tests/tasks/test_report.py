@@ -308,7 +308,7 @@ def test_every_figure_has_a_text_alternative_and_both_themes(html: str) -> None:
     dark = [attributes["srcset"] for tag, attributes in elements if tag == "source"]
     assert len(dark) == 6  # loss, validation, learning rate; confidence, balance; classes
     for uri in dark:
-        assert picture(uri).width == 828
+        assert picture(uri).width == 798
 
 
 @pytest.mark.parametrize("fate", ["kept", "dropped"])
