@@ -101,7 +101,8 @@ def materialize(store: Store, model: Manifest, folder: Path) -> None:
 def inspect_models(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """Worker function: build each network of `spec["models"]` (name -> ModelConfig) and count its parameters.
 
-    So that a wrong name or argument is known before anything expensive starts. Raises UserError naming the field.
+    So that a wrong name, argument or image size is known before anything expensive starts. Raises UserError naming the
+    field.
     """
     counts = {}
     for field, raw in spec["models"].items():
@@ -109,8 +110,16 @@ def inspect_models(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
         try:
             with torch.device("meta"):
                 model = build(config, spec["num_classes"])
+                logits = model.eval()(torch.zeros(1, 3, config.image_size, config.image_size))
         except UserError as error:
             raise UserError(f"{field}.{error}") from None
+        except Exception as error:  # any network may fail in its own way
+            raise UserError(
+                f"{field}: {config.name} with {config.args} cannot take an image of {config.image_size} x "
+                f"{config.image_size} pixels ({error}); change its args or image_size"
+            ) from error
+        if logits.shape != (1, spec["num_classes"]):
+            raise UserError(f"{field}: {config.name} gives {tuple(logits.shape)} for one image, no vector of classes")
         counts[field] = sum(parameter.numel() for parameter in model.parameters())
     return {"num_parameters": counts}
 
