@@ -34,7 +34,7 @@ class Rerun:
         if text in ("", "nothing"):
             return cls()
         iteration, _, role = text.rpartition("/")
-        if role not in ROLES or (iteration and not iteration.isdigit()):
+        if role not in ROLES or (iteration and not iteration.isdecimal()):
             raise UserError(
                 f"--rerun {text}: no such stage; choose from {', '.join(ROLES)}, or of one iteration: 2/select"
             )

@@ -94,7 +94,7 @@ def load_experiment(recipe: str, overrides: Sequence[str] = (), scale: str = "")
     """
     path = find_recipe(recipe)
     raw = _read_yaml(path)
-    scales = raw.pop("scales", {})
+    scales = raw.pop("scales", None) or {}
     if scale:
         if scale not in scales:
             raise UserError(f"{path.name}: no scale {scale!r}; it offers {', '.join(scales) or 'none'}")
@@ -102,6 +102,10 @@ def load_experiment(recipe: str, overrides: Sequence[str] = (), scale: str = "")
             apply_override(Recipe, raw, dotted, value, path.name)
     for text in overrides:
         dotted, value = split_override(text)
+        if dotted.partition(".")[0] == "scales":
+            raise UserError(
+                f"override {text!r}: a scale is part of the recipe; edit it there and choose it with --scale"
+            )
         apply_override(Recipe, raw, dotted, value, "override")
     return resolve(raw, path.name)
 
@@ -117,6 +121,9 @@ def find_recipe(recipe: str) -> Path:
 
 def resolve(raw: dict[str, Any], where: str) -> Experiment:
     """Carry out the inheritance of a recipe and check the result. Raises UserError naming the field."""
+    for name in ("train", *TRAIN_PARTS):
+        if not isinstance(raw.get(name), (dict, type(None))):
+            raise UserError(f"{where}: {name} must be a section of fields (found {raw[name]!r})")
     fields = {name: value for name, value in raw.items() if name not in ("train", "iterations", *TRAIN_PARTS)}
     common = raw.get("train") or {}
     iterations = raw.get("iterations", [{}])
@@ -132,7 +139,7 @@ def resolve(raw: dict[str, Any], where: str) -> Experiment:
     try:
         return Experiment.model_validate(fields)
     except ValidationError as error:
-        raise UserError(explain(error, Experiment, where)) from None
+        raise UserError(explain(error, Recipe, where, lambda steps: _written_at(steps, raw))) from None
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +153,27 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _written_at(steps: list[str], raw: dict[str, Any]) -> list[str]:
+    """Where a recipe says a network's field: in its own section, in `student`, or else in `train`."""
+    if not steps or steps[0] not in ("iterations", *TRAIN_PARTS) or steps == ["iterations"]:
+        return steps
+    own, rest = (steps[:2], steps[2:]) if steps[0] == "iterations" else (steps[:1], steps[1:])
+    sections = [own, ["student"]] if steps[0] == "iterations" else [own]
+    return [*next((section for section in sections if _says(raw, [*section, *rest])), ["train"]), *rest]
+
+
+def _says(value: Any, steps: list[str]) -> bool:
+    """Whether a raw recipe has a value at that place."""
+    for step in steps:
+        if isinstance(value, list):
+            value = value[int(step) - 1]
+        elif isinstance(value, dict) and step in value:
+            value = value[step]
+        else:
+            return False
+    return True
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text())
@@ -153,4 +181,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is empty or no mapping; a recipe needs at least name, data, train, iterations")
+    scales = raw.get("scales") or {}
+    if not isinstance(scales, dict) or not all(isinstance(fields, dict) for fields in scales.values()):
+        raise UserError(f"{path.name}: scales must map a name to dotted fields, e.g. {{smoke: {{teacher.epochs: 1}}}}")
     return raw

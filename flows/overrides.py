@@ -1,8 +1,10 @@
 """Dotted overrides (`student.epochs=30`), typed and checked against the config, with a suggestion on a typo."""
 
 import difflib
+import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -33,24 +35,35 @@ def apply_override(root: type[BaseModel], raw: dict[str, Any], dotted: str, valu
     for depth, step in enumerate(steps):
         so_far, last = ".".join(steps[: depth + 1]), depth == len(steps) - 1
         annotation, step_key = _descend(annotation, place, step, so_far, where, root)
+        if not isinstance(place, list if isinstance(step_key, int) else dict):
+            raise UserError(
+                f"{where}: {so_far.rpartition('.')[0]} is no section in the recipe, it has no field {step!r}"
+            )
         if last:
-            checked = _check_value(annotation, value, dotted, where)
-            place[step_key] = checked
-        elif isinstance(place, list):
-            if place[step_key] is None:
-                place[step_key] = {}
-            place = place[step_key]
-        else:
-            if place.get(step_key) is None:
-                place[step_key] = {}
-            place = place[step_key]
+            place[step_key] = _check_value(annotation, value, dotted, where)
+            return
+        below = place[step_key] if isinstance(place, list) else place.get(step_key)
+        if below is None:
+            below = place[step_key] = [{}] if _item_of(annotation) is not None else {}
+        place = below
 
 
-def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
-    """A validation error as one line an error: file, field, what was wrong, what was found, the nearest name."""
+def explain(
+    error: ValidationError,
+    root: type[BaseModel],
+    where: str,
+    written_at: Callable[[list[str]], list[str]] = lambda steps: steps,
+) -> str:
+    """A validation error as one line an error: file, field, what was wrong, what was found, the nearest name.
+
+    `written_at` maps the place of a resolved field to the place where the recipe says it.
+    """
     lines = []
+    deeper = {item["loc"][0] for item in error.errors() if len(item["loc"]) > 1}
     for item in error.errors():
-        steps = _steps(item["loc"])
+        if item["type"] == "too_short" and item["loc"][0] in deeper:
+            continue  # pydantic counts the valid items only
+        steps = written_at(_steps(item["loc"]))
         dotted = ".".join(steps)
         if item["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown field {dotted}{_suggest(dotted, root)}")
@@ -62,7 +75,7 @@ def explain(error: ValidationError, root: type[BaseModel], where: str) -> str:
             found = item["input"] if not isinstance(item["input"], (dict, BaseModel)) else None
             named = f"{dotted}: " if dotted else ""
             lines.append(f"{where}: {named}{message}" + (f" (found {found!r})" if found is not None else ""))
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))
 
 
 def field_names(annotation: Any, prefix: str = "") -> list[str]:
@@ -83,8 +96,8 @@ def _descend(annotation: Any, place: Any, step: str, so_far: str, where: str, ro
     """The annotation of a step, and its key in the raw value at `place`."""
     item = _item_of(annotation)
     if isinstance(place, list) and item is not None:
-        if not step.isdigit() or not 1 <= int(step) <= len(place):
-            raise UserError(f"{where}: {so_far}: there are {len(place)} iterations, counted from 1 to {len(place)}")
+        if not step.isdecimal() or not 1 <= int(step) <= len(place):
+            raise UserError(f"{where}: {so_far}: iterations are counted from 1, the last one here is {len(place)}")
         return item, int(step) - 1
     model = _model_of(annotation)
     if model is None:
@@ -112,7 +125,8 @@ def _check_value(annotation: Any, value: Any, dotted: str, where: str) -> Any:
 
 
 def _suggest(dotted: str, root: type[BaseModel]) -> str:
-    known = field_names(root)
+    numbers = re.findall(r"\.(\d+)\.", dotted)
+    known = [re.sub(r"\.1\.", f".{numbers[0]}.", name) if numbers else name for name in field_names(root)]
     near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.75)
     if not near:
         parent, _, leaf = dotted.rpartition(".")

@@ -90,7 +90,7 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
         return None
     raw = store.read_json(path)
     version = raw.get("schema_version", 0) if isinstance(raw, dict) else 0
-    if version > SCHEMA_VERSION:
+    if isinstance(version, int) and version > SCHEMA_VERSION:
         raise StoreError(f"{path} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it")
     try:
         manifest = Manifest.model_validate(raw)
@@ -150,7 +150,7 @@ def find_part(store: Store, stage: str, key: str, numerics: dict[str, Any]) -> P
     path = _marker(stage, key, numerics)
     if not store.exists(path):
         return None
-    part = Part.model_validate(store.read_json(path))
+    part = store.read_as(path, Part)
     for entry in part.files:
         local = store.local_path(entry.path)
         if not local.is_file() or local.stat().st_size != entry.bytes:
@@ -179,7 +179,7 @@ def publish_part(
     path = _marker(stage, key, numerics)
     if store.create(path, part.model_dump_json(indent=1).encode()):
         return part
-    return Part.model_validate(store.read_json(path))
+    return store.read_as(path, Part)
 
 
 def agree_numerics(store: Store, kind: str, key: str, probed: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("empty: 0 bytes")
     try:
         image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too large: its header claims more than {max_pixels} pixels") from error
     except Exception as error:  # Pillow's plug-ins raise many kinds on hostile headers; each means the same here
         raise ImageError(f"not an image: {_first_line(error)}") from error
     width, height = image.size
@@ -44,11 +46,11 @@ def image_extension(data: bytes) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):  # 16-bit and float gray: Pillow's own conversion would clip at 255
         values = np.asarray(image, dtype=np.float64)
-        scale = 255.0 / max(65535.0 if values.max() > 255 else 255.0, 1.0)
+        scale = 255.0 / (65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0)
         return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

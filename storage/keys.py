@@ -17,9 +17,9 @@ HASH_BLOCK_BYTES = 1 << 20
 
 
 class Config(BaseModel):
-    """A frozen, typed setting. Unknown fields are refused."""
+    """A frozen, typed setting. Unknown fields, infinities and NaN are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     not_in_key: ClassVar[tuple[str, ...]] = ()
 

@@ -14,12 +14,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
+
+from pydantic import BaseModel, ValidationError
 
 from storage.errors import StoreError
 
 STAGING = ".staging"
+
+Form = TypeVar("Form", bound=BaseModel)
 
 
 class Store:
@@ -54,6 +58,10 @@ class Store:
             return self.local_path(path).read_bytes()
         except FileNotFoundError:
             raise StoreError(f"{self.url}: object {path} is missing; run `nst run` again to make it anew") from None
+        except OSError as error:
+            raise StoreError(
+                f"{self.url}: object {path} cannot be read ({error.strerror}); check its permissions"
+            ) from error
 
     def read_verified(self, path: str, sha256: str) -> bytes:
         """The object's bytes, checked. Raises StoreError where they are not those that were written."""
@@ -68,6 +76,18 @@ class Store:
             return json.loads(self.read_bytes(path))
         except ValueError as error:
             raise StoreError(f"{self.url}: object {path} is not valid JSON ({error}); was it edited by hand?") from None
+
+    def read_as(self, path: str, form: type[Form]) -> Form:
+        """The object as a typed record. Raises StoreError where it is missing, damaged or of another version."""
+        try:
+            return form.model_validate(self.read_json(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(step) for step in first["loc"])
+            raise StoreError(
+                f"{self.url}: object {path} is no valid {form.__name__} ({field}: {first['msg']}); it was edited by hand "
+                "or made by another version of this program"
+            ) from None
 
     def list(self, prefix: str) -> list[str]:
         """The paths of all objects below a folder, sorted."""

@@ -51,7 +51,7 @@ class RunRecord(Config):
 
 def _numbers(store: Store, folder: str) -> list[int]:
     stems = [path.rsplit("/", 1)[1].removesuffix(".json") for path in store.list(folder) if path.endswith(".json")]
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
 def list_experiments(store: Store) -> list[str]:
@@ -72,8 +72,8 @@ def read_run(store: Store, name: str) -> RunRecord:
         latest = latest_run(store, experiment) if experiment else None
         if latest is not None:
             return latest
-    elif number.isdigit() and store.exists(f"runs/{experiment}/{int(number)}.json"):
-        return RunRecord.model_validate(store.read_json(f"runs/{experiment}/{int(number)}.json"))
+    elif number.isdecimal() and store.exists(f"runs/{experiment}/{int(number)}.json"):
+        return store.read_as(f"runs/{experiment}/{int(number)}.json", RunRecord)
     known = ", ".join(list_experiments(store)) or "none"
     raise UserError(f"no run {name!r} in {store.url}; experiments there: {known}")
 
@@ -103,7 +103,7 @@ def set_ref(store: Store, name: str, kind: str, key: str) -> None:
     target = Ref(kind=kind, key=key)
     numbers = _numbers_of_ref(store, name)
     number = numbers[-1] + 1 if numbers else 1
-    if numbers and Ref.model_validate(store.read_json(f"refs/{name}/@{numbers[-1]}.json")) == target:
+    if numbers and store.read_as(f"refs/{name}/@{numbers[-1]}.json", Ref) == target:
         return
     while not store.create(f"refs/{name}/@{number}.json", canonical_json(target.model_dump())):
         number += 1
@@ -113,11 +113,11 @@ def resolve_ref(store: Store, name: str) -> Ref:
     """The artifact that a name points at now, or pointed at (`name@2`). Raises UserError where there is none."""
     base, _, number = name.partition("@")
     numbers = _numbers_of_ref(store, base)
-    wanted = int(number) if number.isdigit() else (numbers[-1] if numbers and not number else 0)
+    wanted = int(number) if number.isdecimal() else (numbers[-1] if numbers and not number else 0)
     if wanted not in numbers:
         known = sorted({path.removeprefix("refs/").rsplit("/", 1)[0] for path in store.list("refs")})
         raise UserError(f"no ref {name!r} in {store.url}; refs there: {', '.join(known) or 'none'}")
-    return Ref.model_validate(store.read_json(f"refs/{base}/@{wanted}.json"))
+    return store.read_as(f"refs/{base}/@{wanted}.json", Ref)
 
 
 def _numbers_of_ref(store: Store, name: str) -> list[int]:
@@ -127,4 +127,4 @@ def _numbers_of_ref(store: Store, name: str) -> list[int]:
         for path in store.list(f"refs/{name}")
         if path.startswith(prefix)
     ]
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    return sorted(int(stem) for stem in stems if stem.isdecimal())

@@ -57,7 +57,8 @@ class ShardPlan(Config):
     def part_key(self) -> str:
         """Made from what enters the shard, not from its number."""
         pieces = [(file.name, file.sha256, digest(rows)) for file, rows in self.pieces]
-        return digest({"version": VERSION, "labeled": self.split != "unlabeled", "pieces": pieces})
+        kind = {"labeled": self.split != "unlabeled", "shuffled": self.split == "labeled"}
+        return digest({"version": VERSION, **kind, "pieces": pieces})
 
     @property
     def num_images(self) -> int:
@@ -101,6 +102,12 @@ def check_labels(
     if not any(len(labels[file.name]) for file in labeled if file.split == "labeled"):
         raise UserError(f"data.labeled={config.labeled!r}: the files hold no rows; point it at labeled images")
     largest = max((int(labels[f.name].max()) for f in labeled if len(labels[f.name])), default=0)
+    num_labeled = sum(len(labels[file.name]) for file in labeled if file.split == "labeled")
+    if not config.class_names and not own_names and largest >= num_labeled:  # before a list of 2**63 names is made
+        raise UserError(
+            f"data.labeled={config.labeled!r}: {num_labeled} images cannot fill the classes 0..{largest} that their labels "
+            "name; number the classes from 0 without gaps, or set data.class_names"
+        )
     class_names = list(config.class_names) or own_names or [str(number) for number in range(largest + 1)]
     if len(set(class_names)) != len(class_names):
         raise UserError("data.class_names: a class name occurs twice; names must differ")
@@ -172,11 +179,12 @@ def sample_key(file: SourceFile, row: int) -> str:
 
 
 def _plan(split: str, files: Sequence[SourceFile], rows: Sequence[tuple[int, int]]) -> ShardPlan:
+    """A shard of these (file number, row); in each file's own order, so that reading touches a row group once."""
     by_file: dict[int, list[int]] = {}
     for number, row in rows:
         by_file.setdefault(number, []).append(row)
     return ShardPlan(
-        split=split, pieces=tuple((files[number], tuple(found)) for number, found in sorted(by_file.items()))
+        split=split, pieces=tuple((files[number], tuple(sorted(found))) for number, found in sorted(by_file.items()))
     )
 
 
@@ -268,13 +276,14 @@ def _collect(
             )
         counts[split] = {"images": kept, "rejected": rejected}
         number = 0
-        for part in own:
+        for place, part in enumerate(own):
+            rejects = part.file("rejects.parquet").model_copy(update={"name": f"rejects/{split}/{place:05d}.parquet"})
+            entries.append(rejects)
             if not part.file("shard.tar").rows:
                 continue
             shard = part.file("shard.tar").model_copy(update={"name": f"shards/{split}/{number:05d}.tar"})
             index = part.file("index.parquet").model_copy(update={"name": index_name(shard)})
-            rejects = part.file("rejects.parquet").model_copy(update={"name": f"rejects/{split}/{number:05d}.parquet"})
-            entries += [shard, index, rejects]
+            entries += [shard, index]
             number += 1
     return tuple(entries), counts
 

@@ -227,7 +227,7 @@ def _training_figures(store: Store, inputs: dict[str, Manifest]) -> list[dict[st
         _figure(
             "Loss",
             f"Line chart of the training loss by epoch of {models}.",
-            "Of single batches, under noise. Against soft pseudo-labels the loss cannot reach 0.",
+            f"Under noise, means of {figures.SMOOTHED_RECORDS} recorded batches. Against soft pseudo-labels the loss cannot reach 0.",
             lambda theme: figures.loss_curves(theme, histories),
         ),
         _figure(

@@ -20,6 +20,7 @@ DPI = 190  # 798 pixels: sharp at 400 CSS pixels on a screen of two pixels each
 MOST_BARS = 40  # classes that are drawn by name; more are drawn as sorted curves
 MOST_LETTERS = 16
 LEGEND_COLUMNS = 3
+SMOOTHED_RECORDS = 7  # single batches jump so much that the curves of several models cannot be told apart
 WIDE_RANGE = 100  # counts that differ by more are drawn on a logarithmic scale
 FONT = "DejaVu Sans"  # comes with matplotlib, so that every machine draws the same letters
 
@@ -62,13 +63,14 @@ DARK = Theme(
 
 
 def loss_curves(theme: Theme, histories: dict[str, History]) -> bytes:
-    """Training losses by epoch, one color a model: labeled solid, unlabeled dashed."""
+    """Training losses by epoch, one color a model: labeled solid, unlabeled dashed; means of `SMOOTHED_RECORDS`."""
 
     def paint(axes: "Axes") -> None:
         for color, (name, history) in zip(_colors(theme, histories), histories.items(), strict=True):
-            axes.plot(history["epoch"], history["loss_labeled"], color=color, label=name)
+            axes.plot(history["epoch"], _running_mean(history["loss_labeled"]), color=color, label=name)
             if not np.isnan(history["loss_unlabeled"]).all():
-                axes.plot(history["epoch"], history["loss_unlabeled"], color=color, linestyle=(0, (3, 1.5)))
+                unlabeled = _running_mean(history["loss_unlabeled"])
+                axes.plot(history["epoch"], unlabeled, color=color, linestyle=(0, (3, 1.5)))
         if any(not np.isnan(history["loss_unlabeled"]).all() for history in histories.values()):
             axes.plot([], [], color=theme.muted, linestyle=(0, (3, 1.5)), label="on unlabeled")
         axes.set(xlabel="epoch (of the labeled images)", ylabel="loss")
@@ -224,6 +226,12 @@ def _settings(theme: Theme) -> dict[Any, Any]:
 
 def _colors(theme: Theme, items: Sequence[str] | dict[str, Any]) -> list[str]:
     return [theme.series[number % len(theme.series)] for number in range(len(items))]
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and its neighbors; of fewer at the ends."""
+    window = np.ones(min(SMOOTHED_RECORDS, len(values)))
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def _legend(axes: "Axes", first: Sequence[str] = ()) -> None:

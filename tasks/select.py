@@ -102,7 +102,7 @@ def decide(predictions: list[Path], config: SelectConfig) -> Iterator[pa.RecordB
     query = """
         WITH scored AS (
             SELECT key, label, confidence, place_of_file::INTEGER AS file, file_row_number::BIGINT AS row
-            FROM read_parquet($files, filename = true, file_row_number = true)
+            FROM read_parquet($files, filename = true, file_row_number = true, hive_partitioning = false)
             JOIN (SELECT unnest($files) AS filename, unnest(range(len($files))) AS place_of_file) USING (filename)
         ), ranked AS (
             SELECT *, confidence >= $least::FLOAT AS confident,
@@ -137,10 +137,10 @@ def lay_out(decisions: Path, indices: list[tuple[str, Path]], seed: int) -> Iter
     query = """
         WITH copies AS (
             SELECT key, label, confidence, file, row, unnest(range(copies))::INTEGER AS copy
-            FROM read_parquet($decisions) WHERE copies > 0
+            FROM read_parquet($decisions, hive_partitioning = false) WHERE copies > 0
         ), images AS (
             SELECT key, shard, "offset", bytes, sha256, width, height, source
-            FROM read_parquet($indices, filename = true)
+            FROM read_parquet($indices, filename = true, hive_partitioning = false)
             JOIN (SELECT unnest($indices) AS filename, unnest($shards) AS shard) USING (filename)
         )
         SELECT copies.key AS source_key, copy, label, confidence, file, row, shard, "offset", bytes, sha256, width, height, source

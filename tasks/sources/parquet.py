@@ -62,7 +62,14 @@ class ParquetSource:
     def _matches(self, split: str) -> list[Path]:
         pattern = self._patterns[split]
         place = self._root / pattern
-        found = sorted(place.rglob("*.parquet") if place.is_dir() else self._root.glob(pattern)) if pattern else []
+        if Path(pattern).is_absolute():
+            raise UserError(f"data.{split}={pattern!r} is absolute; give it relative to data.root={str(self._root)!r}")
+        if not pattern:
+            found = []
+        elif place.is_file():  # its name may hold what a pattern gives a meaning, such as [ and ]
+            found = [place]
+        else:
+            found = sorted(place.rglob("*.parquet") if place.is_dir() else self._root.glob(pattern))
         if not found:
             raise UserError(
                 f"data.{split}: nothing matches {pattern!r} in {self._root}; set data.{split} to a file, pattern or folder"

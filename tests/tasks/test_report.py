@@ -25,6 +25,7 @@ from storage.keys import digest
 from storage.objects import Store
 from storage.shards import INDEX_SCHEMA, ShardReader, ShardSample, index_name, read_table, write_parquet, write_tar
 from tasks import report as subject
+from tasks import report_figures as figures
 from tasks.contract import StageContext, StageResult
 from tasks.report import ReportConfig, image_uri, report, spread, take_evenly
 from tasks.select import SelectConfig, decide
@@ -426,6 +427,16 @@ def test_large_images_are_shrunk_and_small_ones_kept_exactly() -> None:
     assert uri.startswith("data:image/png;base64,")
     assert picture(uri).getpixel((0, 0)) == (9, 8, 7)
     assert side == 28
+
+
+@pytest.mark.parametrize("num_records", [1, 2, 7, 30])
+def test_history_of_any_length_is_drawn_with_a_mean_of_neighbors(num_records: int) -> None:
+    column = np.arange(float(num_records))
+    mean = figures._running_mean(column)
+    assert len(mean) == num_records
+    assert mean[num_records // 2] == pytest.approx(column[max(0, num_records // 2 - 3) : num_records // 2 + 4].mean())
+    history = {"epoch": column, "loss_labeled": column, "loss_unlabeled": column * np.nan}
+    assert figures.loss_curves(figures.LIGHT, {"0/teacher": history}).startswith(b"\x89PNG")
 
 
 def test_spread_begins_with_the_ends_and_the_middle() -> None:

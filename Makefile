@@ -1,0 +1,36 @@
+# make demo   two iterations on real images, embedded, minutes on a CPU
+# make test   linters, types and tests
+# Each sets itself up: the environment is .venv, its packages are pinned in constraints.txt.
+
+PYTHON ?= python3
+STORE ?= demo-store
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test soak lint clean
+
+demo: $(STAMP)
+	$(BIN)/nst demo --store $(STORE)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/demo_gain.py --seeds 5
+
+# An environment of another Python than 3.11 or 3.12 is refused here, before anything is downloaded.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 12) else f"Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}; set PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[test]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV)

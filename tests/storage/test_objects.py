@@ -1,0 +1,266 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from storage.errors import StoreError
+from storage.objects import STAGING, Store
+
+NUM_WRITERS = 8
+BIG = 4_000_000
+
+RACER = """
+import json, sys, time
+from pathlib import Path
+from storage.objects import Store
+
+url, name, rounds, ready, go = sys.argv[1:]
+store = Store(url)
+Path(ready).touch()
+while not Path(go).exists():
+    time.sleep(0.001)
+print(json.dumps([n for n in range(int(rounds)) if store.create(f"round/{n}", name.encode())]))
+"""
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 200 KB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def visible(store: Store) -> list[str]:
+    """Every object, staging left out."""
+    return [path for path in store.list("") if not path.startswith(STAGING)]
+
+
+def test_of_many_threads_exactly_one_creates_an_object(store: Store) -> None:
+    barrier = threading.Barrier(NUM_WRITERS)
+
+    def race(name: int, round_number: int) -> bool:
+        barrier.wait()
+        return store.create(f"round/{round_number}", str(name).encode())
+
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        for number in range(25):
+            won = list(pool.map(lambda name, n=number: race(name, n), range(NUM_WRITERS)))
+            assert won.count(True) == 1
+            assert store.read_bytes(f"round/{number}") == str(won.index(True)).encode()
+
+
+def test_of_many_processes_exactly_one_creates_an_object(store: Store, tmp_path: Path) -> None:
+    rounds, go = 60, tmp_path / "go"
+    ready = [tmp_path / f"ready-{number}" for number in range(4)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, store.url, f"p{number}", str(rounds), str(path), str(go)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number, path in enumerate(ready)
+    ]
+    while not all(path.exists() for path in ready):
+        assert all(child.poll() is None for child in children), "a racer ended before the race"
+    go.touch()
+    wins = {f"p{number}": json.loads(child.communicate()[0]) for number, child in enumerate(children)}
+    winners = {n: name for name, own in wins.items() for n in own}
+    assert sorted(n for own in wins.values() for n in own) == list(range(rounds))
+    assert {n: store.read_bytes(f"round/{n}").decode() for n in range(rounds)} == winners
+
+
+def test_readers_never_see_a_part_of_an_object(store: Store) -> None:
+    finished, seen, broken = threading.Event(), [0], []
+
+    def read() -> None:
+        while not finished.is_set():
+            for path in visible(store):
+                seen[0] += 1
+                if len(store.read_bytes(path)) != BIG:
+                    broken.append(path)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(15):
+        assert store.create(f"big/{number}", b"x" * BIG)
+    finished.set()
+    reader.join()
+    assert seen[0] > 15, "the reader never looked while objects were there"
+    assert broken == []
+
+
+def test_create_keeps_the_first_bytes_and_leaves_no_staging(store: Store) -> None:
+    assert store.create("a/b", b"first")
+    assert not store.create("a/b", b"second")
+    assert store.read_bytes("a/b") == b"first"
+    assert store.list("") == ["a/b"]
+
+
+def test_put_file_twice_keeps_the_object_that_is_there(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"same bytes")
+    store.put_file(source, "data/x-123.bin")
+    assert not source.exists(), "put_file moves"
+    inode = store.local_path("data/x-123.bin").stat().st_ino
+    source.write_bytes(b"same bytes")
+    store.put_file(source, "data/x-123.bin")
+    assert store.local_path("data/x-123.bin").stat().st_ino == inode
+    assert visible(store) == ["data/x-123.bin"]
+
+
+def test_put_file_mends_an_object_that_was_cut_short(store: Store, tmp_path: Path) -> None:
+    target = store.local_path("data/x.bin")
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"sa")
+    source = tmp_path / "source"
+    source.write_bytes(b"same bytes")
+    store.put_file(source, "data/x.bin")
+    assert target.read_bytes() == b"same bytes"
+
+
+def test_put_file_moves_between_file_systems(store: Store, tiny_disk: Path) -> None:
+    source = tiny_disk / "source"
+    source.write_bytes(b"from another disk")
+    assert source.stat().st_dev != store.root.parent.stat().st_dev
+    store.put_file(source, "data/x.bin")
+    assert store.read_bytes("data/x.bin") == b"from another disk"
+    assert store.list("") == ["data/x.bin"]
+
+
+def test_a_full_disk_names_object_and_remedy_and_leaves_nothing_visible(tiny_disk: Path, tmp_path: Path) -> None:
+    store, big = Store(str(tiny_disk / "store")), tmp_path / "big"
+    big.write_bytes(b"x" * 1_000_000)
+    with pytest.raises(StoreError, match=r"runs/a/1\.json.*No space left.*free some space or choose another store"):
+        store.create("runs/a/1.json", b"x" * 1_000_000)
+    with pytest.raises(StoreError, match=r"shards/big\.tar.*No space left.*free some space"):
+        store.put_file(big, "shards/big.tar")
+    assert store.list("") == []
+    assert store.create("runs/a/1.json", b"small"), "a smaller object still fits: the failed ones left no rest"
+
+
+def test_a_write_cut_off_by_the_system_leaves_nothing_visible(store: Store) -> None:
+    script = (
+        "import resource, signal, sys\nfrom storage.objects import Store\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "Store(sys.argv[1]).create('runs/a/1.json', b'x' * 100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, store.url], capture_output=True, text=True)
+    assert "StoreError" in done.stderr
+    assert "runs/a/1.json" in done.stderr
+    assert store.list("") == []
+
+
+def test_an_unwritable_store_is_named_with_its_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    for place in (file / "store", Path("/proc/nst-store")):
+        with pytest.raises(StoreError, match="cannot be written.*--store") as error:
+            Store(str(place)).check_writable()
+        assert str(place) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_writable_store_is_left_as_it_was(store: Store) -> None:
+    store.check_writable()
+    assert store.list("") == []
+
+
+def test_a_store_below_a_file_reads_as_an_empty_one(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    store = Store(str(file))
+    assert not store.exists("a/b")
+    assert store.list("a") == []
+    with pytest.raises(StoreError, match="a/b"):
+        store.read_bytes("a/b")
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "a/..", "..", "/etc/passwd"])
+def test_a_path_that_leaves_the_store_is_refused_by_every_call(store: Store, tmp_path: Path, path: str) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    calls: list[Callable[[], object]] = [
+        lambda: store.create(path, b"x"),
+        lambda: store.put_file(source, path),
+        lambda: store.read_bytes(path),
+        lambda: store.exists(path),
+        lambda: store.delete(path),
+        lambda: store.list(path),
+    ]
+    for call in calls:
+        with pytest.raises(StoreError, match="leaves the store"):
+            call()
+    assert source.read_bytes() == b"x"
+
+
+@given(st.lists(st.sampled_from(["a", "b..", "..c", "...", ".", "..", "é"]), min_size=1, max_size=5))
+def test_an_accepted_path_lies_below_the_root(steps: list[str]) -> None:
+    store = Store("/data/store")
+    path = "/".join(steps)
+    if ".." in steps:
+        with pytest.raises(StoreError):
+            store.local_path(path)
+    else:
+        assert Path(os.path.normpath(store.local_path(path))).is_relative_to("/data/store")
+
+
+@pytest.mark.parametrize("name", ["plain", "two words", "Größe-猫", "100%25", "a#b?c=d&e", "label=7"])
+def test_a_store_is_found_again_by_its_url(tmp_path: Path, name: str) -> None:
+    by_path = Store(str(tmp_path / name))
+    assert by_path.url.startswith("file:///")
+    by_path.create("x", name.encode())
+    assert Store(by_path.url).root == tmp_path / name
+    assert Store(by_path.url).read_bytes("x") == name.encode()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_url_with_escapes_and_a_relative_path_mean_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Store("my store").root == Store(f"file://{tmp_path}/my%20store").root == tmp_path / "my store"
+    assert Store(f"file://localhost{tmp_path}/x").root == tmp_path / "x"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/nst", "gs://bucket", "http://host/x", "file://host/x", ""])
+def test_other_schemes_are_refused_by_name(url: str) -> None:
+    with pytest.raises(StoreError, match="store") as error:
+        Store(url)
+    assert url.partition("://")[0] in str(error.value)
+    assert "folder" in str(error.value)
+
+
+def test_a_missing_object_and_a_damaged_one_are_named(store: Store) -> None:
+    with pytest.raises(StoreError, match=r"runs/a/1\.json is missing"):
+        store.read_json("runs/a/1.json")
+    store.create("runs/a/1.json", b'{"half":')
+    with pytest.raises(StoreError, match=r"runs/a/1\.json is not valid JSON"):
+        store.read_json("runs/a/1.json")
+    store.create("x", b"altered")
+    with pytest.raises(StoreError, match="x is damaged"):
+        store.read_verified("x", "0" * 64)
+
+
+def test_an_object_of_another_form_is_named_with_the_field_that_differs(store: Store) -> None:
+    class Record(BaseModel):
+        number: int
+
+    store.create("a.json", b'{"number": 3}')
+    assert store.read_as("a.json", Record) == Record(number=3)
+    store.create("b.json", b'{"number": "many"}')
+    with pytest.raises(StoreError, match=r"b\.json is no valid Record \(number: .*another version"):
+        store.read_as("b.json", Record)
