@@ -28,7 +28,8 @@ from storage.runs import read_run, resolve_ref
 from tasks.results import result_records
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-console = Console(soft_wrap=True)
+PIPE_WIDTH = 200  # columns where there is no terminal: tables in logs and files are not cut
+console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(stderr=True, soft_wrap=True)
 
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_STOPPED = 2, 1, 143
@@ -90,7 +91,7 @@ def run(
     _print_results(store_root, name, as_json=False)
     report = _node_manifest(store_root, name, "report")
     if report is not None:
-        console.print(f"report: {store_root.local_path(report.file('report.html').path)}", highlight=False)
+        console.print(f"report: {store_root.local_path(report.file('report.html').path)}", highlight=False, soft_wrap=True)
     console.print(f"again:  nst results {name} --store {store}", highlight=False)
 
 
@@ -239,7 +240,7 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a wrong option
-            errors.print(f"[red]error:[/] {escape(error.format_message())}; see nst --help", highlight=False)
+            errors.print(f"[red]error:[/] {escape(error.format_message().rstrip('.'))}; see nst --help", highlight=False)
             sys.exit(EXIT_USER_ERROR)
         raise
 

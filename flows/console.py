@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -145,28 +146,18 @@ def describe(outcome: StageOutcome) -> str:
 
 def results_table(records: list[dict[str, Any]], title: str) -> Table:
     """The table of a run, one row a model."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     with_top5 = any(record["top5"] is not None for record in records)
-    names = [
-        "iteration",
-        "role",
-        "top-1",
-        *(["top-5"] if with_top5 else []),
-        "gain",
-        "kept",
-        "dropped",
-        "duplicated",
-        "ref",
-    ]
+    names = ("model", "top-1", *(("top-5",) if with_top5 else ()), "gain", "kept", "dropped", "duplicated")
     for name in names:
-        table.add_column(name, justify="left" if name in ("role", "ref") else "right")
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     first = next((record["top1"] for record in records if record["top1"] is not None), None)
     for record in records:
         top1 = record["top1"]
         gain = "" if top1 is None or first is None or record["role"] == "teacher" else f"{100 * (top1 - first):+.2f}"
         shares = [_percent(top1), *([_percent(record["top5"])] if with_top5 else [])]
         counts = ["-" if record[name] is None else f"{record[name]:,}" for name in ("kept", "dropped", "duplicated")]
-        table.add_row(str(record["iteration"]), record["role"], *shares, gain, *counts, record["ref"])
+        table.add_row(record["ref"], *shares, gain, *counts)
     return table
 
 

@@ -125,17 +125,16 @@ def _check_value(annotation: Any, value: Any, dotted: str, where: str) -> Any:
 
 
 def _suggest(dotted: str, root: type[BaseModel]) -> str:
+    """The field that was meant, or the fields that are there."""
     numbers = re.findall(r"\.(\d+)\.", dotted)
     known = [re.sub(r"\.1\.", f".{numbers[0]}.", name) if numbers else name for name in field_names(root)]
-    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.75)
-    if not near:
-        parent, _, leaf = dotted.rpartition(".")
-        siblings = [name for name in known if name.rpartition(".")[0] == parent]
-        near = difflib.get_close_matches(leaf, [s.rpartition(".")[2] for s in siblings], n=1, cutoff=0.5)
-        if not near and siblings:
-            return f"; fields there: {', '.join(s.rpartition('.')[2] for s in siblings)}"
-        near = [f"{parent}.{near[0]}" if parent else near[0]] if near else []
-    return f" -> did you mean {near[0]}?" if near else ""
+    parent, _, leaf = dotted.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)]
+    near += [name for name in known if name.rpartition(".")[2] == leaf]  # right name, wrong section
+    if near:
+        return f" -> did you mean {near[0]}?"
+    return f"; fields there: {', '.join(siblings)}" if siblings else ""
 
 
 def _steps(location: tuple[int | str, ...]) -> list[str]:

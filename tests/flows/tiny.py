@@ -1,0 +1,48 @@
+"""A tiny experiment for tests that train nothing: its recipe, and a data set of small real images in Parquet."""
+
+from pathlib import Path
+
+from flows.driver import Rerun, Run, resolve_run
+from flows.experiment import load_experiment
+from storage.objects import Store
+from tests.real_images import write_splits
+
+RECIPE = """\
+name: tiny
+data: {labeled: labeled.parquet, val: val.parquet, test: test.parquet, unlabeled: unlabeled*.parquet}
+train:
+  model: {name: resnet18, image_size: 32}
+  labeled_batch: 32
+  epochs: 20
+teacher: {epochs: 50}
+student: {batch_ratio: 4}
+iterations: [{}, {}]
+select: {images_per_class: 100}
+scales:
+  smoke: {teacher.epochs: 1, student.epochs: 2, iterations.2.batch_ratio: 1}
+"""
+FINGERPRINT = "0123456789abcdef0123456789abcdef"  # of a data set that need not exist
+
+
+def write_recipe(folder: Path, text: str = RECIPE) -> str:
+    """The path of the recipe `tiny.yaml`."""
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+class Project:
+    """A recipe, its images and a store in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images = write_splits(folder / "images")
+        self.recipe = write_recipe(folder)
+        self.store = Store(str(folder / "store"))
+
+    def overrides(self, *more: str) -> list[str]:
+        return [f"data.root={self.images}", *more]
+
+    def resolve(self, *overrides: str, rerun: str = "nothing") -> Run:
+        """The run with these overrides, nothing written."""
+        experiment = load_experiment(self.recipe, self.overrides(*overrides))
+        return resolve_run(experiment, self.recipe, self.store, Rerun.parse(rerun))

@@ -1,0 +1,215 @@
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from storage.artifacts import Manifest, artifact_folder, publish_file
+from storage.errors import StoreError
+from storage.objects import Store
+from storage.shards import (
+    INDEX_SCHEMA,
+    OPEN_SHARDS,
+    ROW_GROUP_ROWS,
+    ShardReader,
+    ShardSample,
+    npy_bytes,
+    read_index,
+    shard_files,
+    write_parquet,
+    write_tar,
+)
+from tests.real_images import png
+
+SAMPLES = [ShardSample(f"cats-{n:08d}", {"png": png(n), "cls": str(n % 3).encode()}) for n in range(5)]
+READ_WITH_WEBDATASET = """
+import hashlib, json, sys
+import webdataset
+
+samples = webdataset.WebDataset([sys.argv[1]], shardshuffle=False)
+print(json.dumps([{k: v if k == "__key__" else hashlib.sha256(v).hexdigest()
+                   for k, v in s.items() if k == "__key__" or not k.startswith("__")} for s in samples]))
+"""
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def index_table(samples: list[ShardSample], places: list[dict[str, tuple[int, int]]]) -> pa.Table:
+    rows = [
+        {
+            "key": sample.key,
+            "offset": place["png"][0],
+            "bytes": place["png"][1],
+            "sha256": sha256(sample.members["png"]),
+            "label": 1,
+            "width": 12,
+            "height": 10,
+            "source": "cats.parquet:0",
+        }
+        for sample, place in zip(samples, places, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, INDEX_SCHEMA)
+
+
+def publish_split(store: Store, folder: Path, splits: dict[str, list[list[ShardSample]]]) -> Manifest:
+    """A data set of these shards by split, with their indices."""
+    place, files = artifact_folder("dataset", "k1"), []
+    folder.mkdir(exist_ok=True)
+    for split, shards in splits.items():
+        for number, samples in enumerate(shards):
+            places = write_tar(folder / "shard.tar", samples)
+            write_parquet(folder / "index.parquet", index_table(samples, places))
+            files.append(publish_file(store, place, f"shards/{split}/{number:05d}.tar", folder / "shard.tar"))
+            files.append(publish_file(store, place, f"index/{split}/{number:05d}.parquet", folder / "index.parquet"))
+    return Manifest(
+        kind="dataset", key="k1", stage="prepare", stage_version=1, config={}, inputs={}, files=tuple(files)
+    )
+
+
+def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.tar", tmp_path / "second.tar"
+    write_tar(first, SAMPLES)
+    write_tar(second, iter(SAMPLES))
+    assert first.read_bytes() == second.read_bytes()
+    # what depends on machine, user and time must not be in there at all
+    with tarfile.open(first) as tar:
+        facts = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar}
+    assert facts == {(0, 0, 0, "", "", 0o444)}
+
+
+@given(st.lists(st.lists(st.integers(0, 1100), min_size=1, max_size=3), max_size=6))
+@example([[0], [511], [512], [513], [0, 512, 1024]])
+def test_offsets_and_sizes_lead_to_each_members_bytes(sizes: list[list[int]]) -> None:
+    rng = np.random.default_rng(0)
+    samples = [
+        ShardSample(f"s{n}", {f"e{place}": rng.bytes(size) for place, size in enumerate(own)})
+        for n, own in enumerate(sizes)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.tar"
+        places = write_tar(path, samples)
+        raw = path.read_bytes()
+        with tarfile.open(path) as tar:
+            by_tarfile = [(m.name, m.offset_data, m.size) for m in tar]
+    for sample, place in zip(samples, places, strict=True):
+        assert {e: raw[offset : offset + size] for e, (offset, size) in place.items()} == sample.members
+    written = [(f"{s.key}.{e}", *at) for s, place in zip(samples, places, strict=True) for e, at in place.items()]
+    assert written == by_tarfile
+
+
+@pytest.mark.parametrize("key", ["k" * 150, "ключ-猫-" + "é" * 80])
+def test_offsets_hold_for_names_that_need_a_block_of_their_own(tmp_path: Path, key: str) -> None:
+    places = write_tar(tmp_path / "shard.tar", [ShardSample(key, {"png": png(1)}), SAMPLES[0]])
+    raw = (tmp_path / "shard.tar").read_bytes()
+    for place, data in zip(places, (png(1), SAMPLES[0].members["png"]), strict=True):
+        offset, size = place["png"]
+        assert raw[offset : offset + size] == data
+    with tarfile.open(tmp_path / "shard.tar") as tar:
+        assert tar.getnames()[0] == f"{key}.png"
+
+
+def test_webdataset_reads_every_sample_with_all_its_members(tmp_path: Path) -> None:
+    soft = npy_bytes(np.array([0.25, 0.75], np.float16))
+    samples = [*SAMPLES, ShardSample("soft-00000001-c2", {"jpg": b"\xff\xd8", "npy": soft, "json": b"{}", "txt": b""})]
+    write_tar(tmp_path / "shard.tar", samples)
+    command = [sys.executable, "-c", READ_WITH_WEBDATASET, str(tmp_path / "shard.tar")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [{"__key__": s.key, **{e: sha256(data) for e, data in s.members.items()}} for s in samples]
+    assert json.loads(done.stdout) == expected
+
+
+def test_a_reader_returns_verified_bytes_and_notices_damage(store: Store, tmp_path: Path) -> None:
+    manifest = publish_split(store, tmp_path, {"val": [SAMPLES]})
+    shard = shard_files(manifest, "val")[0]
+    row = read_index(store, manifest, "val").to_pylist()[2]
+    place = (row["offset"], row["bytes"], row["sha256"])
+    reader = ShardReader(store)
+    assert reader.read(shard.path, *place) == SAMPLES[2].members["png"]
+    reader.close()
+    with store.local_path(shard.path).open("r+b") as stream:
+        stream.seek(row["offset"] + 20)
+        stream.write(b"\x00\x01")
+    with pytest.raises(StoreError, match=f"shard {shard.path} is damaged"):
+        ShardReader(store).read(shard.path, *place)
+    untouched = read_index(store, manifest, "val").to_pylist()[3]
+    assert ShardReader(store).read(shard.path, untouched["offset"], untouched["bytes"], untouched["sha256"])
+
+
+def test_a_reader_names_a_shard_that_is_short_or_gone(store: Store, tmp_path: Path) -> None:
+    manifest = publish_split(store, tmp_path, {"val": [SAMPLES]})
+    path = shard_files(manifest, "val")[0].path
+    last = read_index(store, manifest, "val").to_pylist()[-1]
+    local = store.local_path(path)
+    local.write_bytes(local.read_bytes()[: last["offset"] + 5])
+    with pytest.raises(StoreError, match=f"{path} is damaged"):
+        ShardReader(store).read(path, last["offset"], last["bytes"])
+    local.unlink()
+    with pytest.raises(StoreError, match=f"{path} cannot be read"):
+        ShardReader(store).read(path, 0, 5)
+
+
+def test_a_reader_of_many_shards_keeps_few_files_open(store: Store) -> None:
+    num = OPEN_SHARDS + 20
+    for number in range(num):
+        store.create(f"shards/{number}", f"{number:04d}".encode())
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    reader = ShardReader(store)
+    for _ in range(2):
+        assert [reader.read(f"shards/{n}", 0, 4) for n in range(num)] == [f"{n:04d}".encode() for n in range(num)]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == OPEN_SHARDS
+    reader.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_index_of_a_split_names_each_rows_shard_in_order(store: Store, tmp_path: Path) -> None:
+    manifest = publish_split(store, tmp_path, {"val": [SAMPLES[:2], SAMPLES[2:]], "test": [SAMPLES[:1]]})
+    table = read_index(store, manifest, "val")
+    assert table.column_names == [*INDEX_SCHEMA.names, "shard"]
+    assert table["key"].to_pylist() == [sample.key for sample in SAMPLES]
+    first, second = (shard.path for shard in shard_files(manifest, "val"))
+    assert table["shard"].to_pylist() == [first] * 2 + [second] * 3
+    reader = ShardReader(store)
+    for row, sample in zip(table.to_pylist(), SAMPLES, strict=True):
+        assert reader.read(row["shard"], row["offset"], row["bytes"], row["sha256"]) == sample.members["png"]
+    assert read_index(store, manifest, "val", ["label"]).column_names == ["label", "shard"]
+    with pytest.raises(StoreError, match="dataset k1 has no split 'train'"):
+        read_index(store, manifest, "train")
+
+
+def test_a_damaged_index_is_named(store: Store, tmp_path: Path) -> None:
+    manifest = publish_split(store, tmp_path, {"val": [SAMPLES]})
+    entry = manifest.file("index/val/00000.parquet")
+    store.local_path(entry.path).write_bytes(b"PAR1 no more")
+    with pytest.raises(StoreError, match=f"{entry.path} cannot be read as Parquet"):
+        read_index(store, manifest, "val")
+
+
+def test_parquet_has_the_same_bytes_and_row_groups_whatever_the_chunks(tmp_path: Path) -> None:
+    numbers = pa.array(np.arange(ROW_GROUP_ROWS + 5000))
+    whole = pa.table({"n": numbers})
+    chunked = pa.table({"n": pa.chunked_array([numbers[:7], numbers[7:66_000], numbers[66_000:]])})
+    write_parquet(tmp_path / "whole.parquet", whole)
+    write_parquet(tmp_path / "chunked.parquet", chunked)
+    assert (tmp_path / "whole.parquet").read_bytes() == (tmp_path / "chunked.parquet").read_bytes()
+    metadata = pq.ParquetFile(tmp_path / "whole.parquet").metadata
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [ROW_GROUP_ROWS, 5000]
+
+
+def test_npy_bytes_load_without_pickle() -> None:
+    array = np.array([0.1, 0.9], np.float16)
+    assert np.array_equal(np.load(io.BytesIO(npy_bytes(array)), allow_pickle=False), array)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        npy_bytes(np.array([{}], dtype=object))
