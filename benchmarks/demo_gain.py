@@ -42,7 +42,11 @@ def main() -> None:
             gains = [100 * (run[place][field] - run[0][field]) for run in runs]
             error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
             gain = f"{statistics.mean(gains):+.2f} +- {error:.2f}" if place else ""
-            print(f"{name:<20}" + "  ".join(f"{value:6.2f}" for value in values) + f"  {statistics.mean(values):6.2f}  {gain}")
+            print(
+                f"{name:<20}"
+                + "  ".join(f"{value:6.2f}" for value in values)
+                + f"  {statistics.mean(values):6.2f}  {gain}"
+            )
     if len(runs) >= 5 and statistics.mean(run[-1]["top1"] - run[0]["top1"] for run in runs) <= 0:
         sys.exit("the last student is not better than the teacher on average")
 

@@ -91,7 +91,9 @@ def run(
     _print_results(store_root, name, as_json=False)
     report = _node_manifest(store_root, name, "report")
     if report is not None:
-        console.print(f"report: {store_root.local_path(report.file('report.html').path)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"report: {store_root.local_path(report.file('report.html').path)}", highlight=False, soft_wrap=True
+        )
     console.print(f"again:  nst results {name} --store {store}", highlight=False)
 
 
@@ -240,7 +242,9 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a wrong option
-            errors.print(f"[red]error:[/] {escape(error.format_message().rstrip('.'))}; see nst --help", highlight=False)
+            errors.print(
+                f"[red]error:[/] {escape(error.format_message().rstrip('.'))}; see nst --help", highlight=False
+            )
             sys.exit(EXIT_USER_ERROR)
         raise
 

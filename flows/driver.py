@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from flows.experiment import Experiment
 from flows.graph import ROLES, STAGES, Node, build_graph, resolve_keys
 from models.compute import LocalEngine
-from storage.artifacts import Manifest, find
+from models.numerics import package_versions
+from storage.artifacts import Manifest, find, find_part, publish_part
 from storage.errors import UserError
+from storage.keys import digest
 from storage.objects import Store
 from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
 from tasks.prepare import fingerprint, open_source
@@ -151,12 +153,7 @@ def preflight(run: Run) -> None:
     networks = run.experiment.networks()
     for field_name, config in networks.items():
         check_batches(config, field_name, data)
-    spec = {
-        "models": {f"{name}.model": config.model.model_dump(mode="json") for name, config in networks.items()},
-        "num_classes": len(data.metrics["class_names"]),
-    }
-    engine = LocalEngine(run.experiment.compute)
-    counts = engine.map("models.zoo:inspect_models", [spec], lambda progress: None)[0]["num_parameters"]
+    counts = _count_parameters(run, len(data.metrics["class_names"]))
     teacher = "teacher"
     for number, student in enumerate(run.experiment.iterations, start=1):
         own, others = counts[f"iterations.{number}.model"], counts[f"{teacher}.model"]
@@ -166,3 +163,17 @@ def preflight(run: Run) -> None:
                 "method wants an equal or larger student. Choose a larger network or set student.allow_smaller=true"
             )
         teacher = f"iterations.{number}"
+
+
+def _count_parameters(run: Run, num_classes: int) -> dict[str, int]:
+    """The parameters of each network, by its place in the recipe. Remembered in the store: timm loads in seconds."""
+    models = {f"{name}.model": c.model.model_dump(mode="json") for name, c in run.experiment.networks().items()}
+    spec, versions = {"models": models, "num_classes": num_classes}, package_versions(("torch", "timm"))
+    key = digest(spec)
+    known = find_part(run.store, "inspect", key, versions)
+    if known is None:
+        engine = LocalEngine(run.experiment.compute)
+        (facts,) = engine.map("models.zoo:inspect_models", [spec], lambda progress: None)
+        known = publish_part(run.store, "inspect", key, versions, {}, facts)
+    counts: dict[str, int] = known.facts["num_parameters"]
+    return counts

@@ -159,8 +159,12 @@ class PseudoLabels:
     def _baked(self, row: int) -> np.ndarray:
         if row in self._read:
             return self._read[row]
-        data = self._reader.read(self._images.shard_path(row), int(self._offset[row]), int(self._bytes[row]))
-        label = np.load(io.BytesIO(data), allow_pickle=False)
+        path = self._images.shard_path(row)
+        data = self._reader.read(path, int(self._offset[row]), int(self._bytes[row]))
+        try:
+            label = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError) as error:  # the index has no digest of a soft label
+            raise StoreError(f"shard {path} is damaged: the soft label at {self._offset[row]} ({error})") from error
         if len(self._images) * label.nbytes <= CACHE_BYTES:
             self._read[row] = label
         return label

@@ -15,21 +15,26 @@ class ReplicaBuffers:
 
     def __init__(self, model: nn.Module, replicas: int, world: int) -> None:
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
         self._replicas, self._world = replicas, world
         self._trivial = replicas == 1 or not self._buffers
         self._before: list[torch.Tensor] = []
+        self._counts: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []
 
     def start_step(self) -> None:
         """Remember the buffers that every replica starts from."""
         if not self._trivial:
             self._before = [b.clone() for b in self._buffers]
+            self._counts = [c.clone() for c in self._counters]
             self._sums = []
 
     def start_replica(self) -> None:
         """Set the buffers back to the step's start."""
         if not self._trivial and self._sums:
             torch._foreach_copy_(self._buffers, self._before)
+            for counter, count in zip(self._counters, self._counts, strict=True):  # a step is one batch on any rank
+                counter.copy_(count)
 
     def end_replica(self) -> None:
         """Add up what this replica ended with."""

@@ -1,5 +1,6 @@
 """Networks: any timm model by name, built as the paper sets it, saved so that others load it with timm alone."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from storage.objects import Store
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+NEAR_NAMES = 5
 RELOAD_TOLERANCE = 0.0  # the reloaded network must give the very same logits
 
 
@@ -41,8 +43,9 @@ def build(config: ModelConfig, num_classes: int, bn_momentum: float = 0.01) -> n
             config.name, pretrained=False, num_classes=num_classes, drop_rate=config.dropout, **arguments
         )
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-        near = ", ".join(timm.list_models(f"*{config.name.split('.')[0].split('_')[-1]}*")[:5])
-        hint = f"; near names: {near}" if near and not timm.is_model(config.name) else ""
+        known = timm.is_model(config.name.split(".")[0])
+        near = [] if known else difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), NEAR_NAMES)
+        hint = f"; near names: {', '.join(near)}" if near else ""
         raise UserError(f"model.name={config.name}: timm cannot build it with {arguments} ({error}){hint}") from error
     _scale_drop_path(model, config.drop_path)
     for module in model.modules():
@@ -80,7 +83,7 @@ def save(model: nn.Module, config: ModelConfig, class_names: list[str], folder: 
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=1))
     reloaded = load_folder(folder)
     probe = torch.linspace(-2, 2, 2 * 3 * config.image_size**2).reshape(2, 3, config.image_size, config.image_size)
-    original = model.to("cpu", memory_format=torch.contiguous_format).eval()
+    original = model.to("cpu").to(memory_format=torch.contiguous_format).eval()
     with torch.inference_mode():
         difference = (reloaded(probe) - original(probe)).abs().max().item()
     if not difference <= RELOAD_TOLERANCE:
@@ -112,7 +115,7 @@ def inspect_models(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
                 model = build(config, spec["num_classes"])
                 logits = model.eval()(torch.zeros(1, 3, config.image_size, config.image_size))
         except UserError as error:
-            raise UserError(f"{field}.{error}") from None
+            raise UserError(f"{field.removesuffix('.model')}.{error}") from None  # it names model.name, model.args
         except Exception as error:  # any network may fail in its own way
             raise UserError(
                 f"{field}: {config.name} with {config.args} cannot take an image of {config.image_size} x "
@@ -131,4 +134,4 @@ def _scale_drop_path(model: nn.Module, last_block: float) -> None:
         raise UserError(f"model.drop_path={last_block}: this network has no stochastic depth; set it to 0")
     for path in paths:
         if largest:
-            path.drop_prob = float(path.drop_prob or 0.0) * last_block / largest
+            path.drop_prob = last_block * (float(path.drop_prob or 0.0) / largest)  # the last block's is exact

@@ -75,9 +75,10 @@ def run_stage(
 def stage_task() -> Any:
     """The Prefect task: `run_stage`, ending in the state `Reused` where the artifact was there already."""
     from prefect import task
+    from prefect.cache_policies import NO_CACHE
     from prefect.states import Completed
 
-    @task(name="stage", task_run_name="{name}", persist_result=False)
+    @task(name="stage", task_run_name="{name}", persist_result=False, cache_policy=NO_CACHE)
     def stage(name: str, request: StageRequest, on_progress: OnProgress, on_log: Callable[[str], None]) -> Any:
         outcome = run_stage(request, on_progress, on_log)
         if not outcome.reused:

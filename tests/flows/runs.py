@@ -76,13 +76,24 @@ def kill_when(line: list[str], ready: Callable[[], bool], timeout_s: float = 240
             child.stdout.close()
 
 
+def wait_for_output(child: "subprocess.Popen[str]", text: str) -> list[psutil.Process]:
+    """Read a command's output until a line holds `text`; the processes that it has started by then."""
+    assert child.stdout is not None
+    seen = []
+    for line in child.stdout:
+        seen.append(line)
+        if text in line:
+            return psutil.Process(child.pid).children(recursive=True)
+    raise AssertionError(f"the command ended without saying {text!r}:\n" + "".join(seen))
+
+
 def count(store: Path, prefix: str, suffix: str = "") -> int:
     """How many objects lie below a prefix of a store that may not exist yet."""
     return sum(path.endswith(suffix) for path in Store(str(store)).list(prefix)) if store.exists() else 0
 
 
 def contents(store: Path) -> dict[str, dict[str, str]]:
-    """The sha256 of every file of every artifact but reports, by artifact and logical name."""
+    """The sha256 of every file of every artifact, by artifact and logical name."""
     artifacts = list_artifacts(Store(str(store)))
     return {f"{m.kind}/{m.key}": {f.name: f.sha256 for f in m.files} for m in artifacts}
 

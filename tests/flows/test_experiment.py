@@ -47,7 +47,12 @@ def test_an_iteration_keeps_the_fields_of_a_section_that_it_only_adds_to(tmp_pat
     text = RECIPE.replace("iterations: [{}, {}]", "iterations: [{}, {model: {drop_path: 0.2}, epochs: 7}]")
     first, second = load(tmp_path, text=text).iterations
     assert (first.model.drop_path, first.epochs) == (0.0, 20.0)
-    assert (second.model.drop_path, second.model.name, second.model.image_size, second.epochs) == (0.2, "resnet18", 32, 7)
+    assert (second.model.drop_path, second.model.name, second.model.image_size, second.epochs) == (
+        0.2,
+        "resnet18",
+        32,
+        7,
+    )
 
 
 @given(
@@ -236,12 +241,20 @@ def test_an_unknown_scale_names_those_there_are(tmp_path: Path) -> None:
 
 def test_allow_smaller_and_compute_enter_no_key(tmp_path: Path) -> None:
     plain = keys(load(tmp_path))
-    for override in ("student.allow_smaller=true", "compute.inference_batch=7", "compute.loader_workers=0", "data.root=/x"):
+    for override in (
+        "student.allow_smaller=true",
+        "compute.inference_batch=7",
+        "compute.loader_workers=0",
+        "data.root=/x",
+    ):
         assert keys(load(tmp_path, override)) == plain, override
     assert load(tmp_path, "student.allow_smaller=true").iterations[0].allow_smaller
 
 
-@pytest.mark.parametrize("override", ["batch_ratio=9", "pseudo_labels=hard", "temperature=2", "loss=sum_of_means", "unlabeled_noise.num_ops=1"])
+@pytest.mark.parametrize(
+    "override",
+    ["batch_ratio=9", "pseudo_labels=hard", "temperature=2", "loss=sum_of_means", "unlabeled_noise.num_ops=1"],
+)
 def test_a_teachers_key_does_not_change_with_what_only_students_use(tmp_path: Path, override: str) -> None:
     text = RECIPE.replace("student: {batch_ratio: 4}\n", "")
     plain, changed = keys(load(tmp_path, text=text)), keys(load(tmp_path, f"train.{override}", text=text))

@@ -88,7 +88,9 @@ def test_every_node_names_its_stage_role_and_section(tmp_path: Path) -> None:
     assert {n.stage for n in nodes.values()} == set(STAGES)
     for node in nodes.values():
         assert isinstance(node.config, STAGES[node.stage].config)
-    sections = {name: (nodes[name].role, nodes[name].section) for name in ("prepare", "0/selector", "2/student", "1/label")}
+    sections = {
+        name: (nodes[name].role, nodes[name].section) for name in ("prepare", "0/selector", "2/student", "1/label")
+    }
     assert sections == {
         "prepare": ("prepare", "data"),
         "0/selector": ("selector", "selector"),
@@ -158,7 +160,7 @@ def test_equal_students_of_two_iterations_have_keys_of_their_own(tmp_path: Path)
 def test_a_generation_changes_its_node_and_what_follows(tmp_path: Path) -> None:
     nodes = graph(tmp_path)
     plain = keys(nodes)
-    assert keys(nodes, **{name: 0 for name in nodes}) == plain
+    assert keys(nodes, **dict.fromkeys(nodes, 0)) == plain
     for name in ("prepare", "0/teacher", "1/select", "2/evaluate"):
         assert changed(plain, keys(nodes, **{name: 1})) == downstream(nodes, name)
     assert changed(keys(nodes, **{"1/select": 1}), keys(nodes, **{"1/select": 2})) == downstream(nodes, "1/select")

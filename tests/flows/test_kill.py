@@ -2,21 +2,12 @@
 
 from pathlib import Path
 
-import pytest
-
 from storage.objects import Store
-from tests.flows.runs import command, contents, count, kill_when, run
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("undisturbed") / "store"
-    run(command(store))
-    return store
+from tests.flows.runs import command, contents, count, kill_when, run, start, wait_for_output
 
 
 def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_one(
-    undisturbed: Path, tmp_path: Path
+    finished: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store with spaces"
     line = command(store)
@@ -27,18 +18,38 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_o
     checkpoints = count(store, "artifacts/model", ".pt")
     assert checkpoints >= 1
     kill_when(line, lambda: count(store, "parts/predict", ".json") >= 1)  # evaluation of the teacher
-    done = count(store, "parts/predict", ".json")
-    kill_when(line, lambda: count(store, "artifacts/evaluation", "manifest.json") and count(store, "parts/predict", ".json") > done + 2)
+    assert count(store, "refs/digits/0/evaluate") == 0
+    kill_when(
+        line, lambda: count(store, "refs/digits/0/evaluate") > 0 and count(store, "parts/predict", ".json") >= 4
+    )  # label: the evaluation has two parts
+    assert count(store, "refs/digits/1/label") == 0
     kill_when(line, lambda: count(store, "parts/select", ".json") >= 2)
-    kill_when(line, lambda: count(store, "refs/digits/1/select") and count(store, "artifacts/model", ".pt") >= checkpoints + 1)
+    assert count(store, "refs/digits/1/select") == 0
+    kill_when(line, lambda: count(store, "refs/digits/1/select") > 0 and _student_checkpoints(store) >= 1)
     kill_when(line, lambda: count(store, "refs/digits/1/evaluate") >= 1)  # report
+    assert count(store, "refs/digits/report") == 0
     output = run(line)
     assert "1/student: reused" in output
-    assert contents(store) == contents(undisturbed)
+    assert contents(store) == contents(finished)
 
 
-def test_a_finished_run_reuses_every_artifact(undisturbed: Path) -> None:
-    before = Store(str(undisturbed)).list("")
-    output = run(command(undisturbed))
-    assert output.count("reused") == 8, output
-    assert Store(str(undisturbed)).list("") == before
+def test_a_terminated_training_writes_a_checkpoint_and_leaves_no_process(finished_copy: Path) -> None:
+    """SIGTERM to the command, in the middle of a student's training."""
+    store = finished_copy
+    line = command(store, "--rerun", "student")
+    line[line.index("compute.checkpoint_steps=5")] = "compute.checkpoint_steps=100000"
+    line[line.index("student.epochs=12")] = "student.epochs=2000"
+    child = start(line)
+    family = wait_for_output(child, "1/student: ")
+    child.terminate()
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode == 143, output
+    assert _student_checkpoints(store) == 1
+    assert [process for process in family if process.is_running()] == []
+
+
+def _student_checkpoints(store: Path) -> int:
+    """Checkpoints of models that are not committed."""
+    opened = Store(str(store))
+    paths = [p for p in opened.list("artifacts/model") if p.endswith(".pt")]
+    return sum(not opened.exists("/".join(p.split("/")[:3]) + "/manifest.json") for p in paths)

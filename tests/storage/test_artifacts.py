@@ -99,7 +99,9 @@ def test_concurrent_commits_end_with_one_manifest_that_all_callers_get(store: St
         standing = get(store, "dataset", key)
         assert results[0] == standing
         entry = standing.file("model.bin")
-        assert store.read_verified(entry.path, entry.sha256) == f"bits of attempt {standing.metrics['attempt']}".encode()
+        assert (
+            store.read_verified(entry.path, entry.sha256) == f"bits of attempt {standing.metrics['attempt']}".encode()
+        )
 
 
 def test_commit_refuses_a_missing_file(store: Store) -> None:
@@ -209,7 +211,9 @@ def test_of_concurrent_attempts_at_a_part_one_stands_and_all_get_it(store: Store
 def test_a_part_whose_file_vanished_says_what_to_delete(store: Store, tmp_path: Path, damage: str) -> None:
     entry = part(store, tmp_path, b"rows", FLOAT).file("rows.parquet")
     store.delete(entry.path) if damage == "gone" else store.local_path(entry.path).write_bytes(b"ro")
-    with pytest.raises(StoreError, match=rf"{entry.path} is missing.*delete parts/predict/k1/.*\.json and run") as error:
+    with pytest.raises(
+        StoreError, match=rf"{entry.path} is missing.*delete parts/predict/k1/.*\.json and run"
+    ) as error:
         find_part(store, "predict", "k1", FLOAT)
     store.delete(str(error.value).split("delete ")[1].split(" and run")[0])
     assert find_part(store, "predict", "k1", FLOAT) is None, "the remedy does not help"

@@ -1,0 +1,246 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.driver import Rerun, Run, execute_node, find_node, resolve_run
+from flows.plan import PlanRow, make_plan
+from storage.artifacts import Manifest, commit
+from storage.errors import UserError
+from storage.runs import record_run
+from tests.flows.tiny import Project
+from tests.real_images import pngs, write_images
+
+HEAVY = ("torch", "torchvision", "timm", "prefect", "webdataset")
+COMMANDS = """
+import json, sys
+from flows.cli import main
+
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["nst", *line]
+    main()
+print("HEAVY", [name for name in json.loads('HEAVY_NAMES') if name in sys.modules])
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def finish(run: Run, *names: str, **provenance: Any) -> Run:
+    """Record the run, and commit an artifact without files for the named stages, or for all."""
+    record_run(run.store, run.draft_record())
+    for name in names or run.records:
+        r = run.records[name]
+        commit(
+            run.store,
+            Manifest(
+                kind=r.kind,
+                key=r.key,
+                stage=r.stage,
+                stage_version=r.version,
+                config=r.config,
+                inputs=r.inputs,
+                files=(),
+                provenance=provenance,
+            ),
+        )
+    return run
+
+
+def plan(run: Run) -> dict[str, PlanRow]:
+    return {row.name: row for row in make_plan(run)}
+
+
+def reasons(run: Run) -> dict[str, tuple[str, ...]]:
+    """Why, of those stages that would run."""
+    return {name: row.reasons for name, row in plan(run).items() if row.status == "will run"}
+
+
+def everything_below(folder: Path) -> dict[str, int]:
+    """Each file and folder with the time of its last change."""
+    return {str(path): path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_an_experiment_that_never_ran_runs_whole(project: Project) -> None:
+    run = project.resolve()
+    assert reasons(run) == dict.fromkeys(run.records, ("never run before",))
+    assert [row.key for row in make_plan(run)] == [record.key for record in run.records.values()]
+
+
+def test_a_finished_run_is_reused_whole(project: Project) -> None:
+    run = finish(project.resolve())
+    assert {row.status for row in make_plan(project.resolve())} == {"reused"}
+    assert [row.key for row in make_plan(project.resolve())] == [r.key for r in run.records.values()]
+
+
+def test_planning_writes_nothing(project: Project, tmp_path: Path) -> None:
+    before = everything_below(tmp_path)
+    make_plan(project.resolve())
+    assert everything_below(tmp_path) == before
+    assert not project.store.root.exists()
+    finish(project.resolve(), "prepare", "0/teacher")
+    before = everything_below(tmp_path)
+    make_plan(project.resolve("select.min_confidence=0.5", rerun="2/select"))
+    assert everything_below(tmp_path) == before
+
+
+def test_a_changed_threshold_is_named_and_only_what_follows_runs(project: Project) -> None:
+    finish(project.resolve())
+    changed = "select.min_confidence: 0.3 -> 0.5"
+    assert reasons(project.resolve("select.min_confidence=0.5")) == {
+        "1/select": (changed,),
+        "1/student": ("input 1/select is new",),
+        "1/evaluate": ("input 1/student is new",),
+        "2/label": ("input 1/student is new",),
+        "2/select": (changed, "input 2/label is new"),
+        "2/student": ("input 2/select is new",),
+        "2/evaluate": ("input 2/student is new",),
+        "report": ("its inputs are new",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "node", "reason"),
+    [
+        ("teacher.epochs=3", "0/teacher", "teacher.epochs: 50.0 -> 3.0"),
+        ("train.noise.magnitude=5", "0/teacher", "teacher.noise.magnitude: 9.0 -> 5.0"),
+        ("train.noise.magnitude=5", "2/student", "iterations.2.noise.magnitude: 9.0 -> 5.0"),
+        ("iterations.2.batch_ratio=28", "2/student", "iterations.2.batch_ratio: 4.0 -> 28.0"),
+        ("train.model.args={layers: [1]}", "1/student", "iterations.1.model.args.layers: None -> [1]"),
+        ("data.seed=3", "prepare", "data.seed: 0 -> 3"),
+    ],
+)
+def test_a_changed_field_is_named_as_in_a_recipe(project: Project, override: str, node: str, reason: str) -> None:
+    finish(project.resolve())
+    assert reason in reasons(project.resolve(override))[node]
+
+
+def test_a_setting_that_changes_no_result_is_no_reason(project: Project) -> None:
+    finish(project.resolve())
+    run = project.resolve("student.allow_smaller=true", "compute.inference_batch=3")
+    assert reasons(run) == {}
+    both = project.resolve("student.allow_smaller=true", "student.temperature=2")
+    assert reasons(both)["1/student"] == ("iterations.1.temperature: 1.0 -> 2.0",)
+
+
+def test_new_changed_and_gone_files_are_named(project: Project) -> None:
+    write_images(project.images / "unlabeled-b.parquet", pngs(3, 50))
+    write_images(project.images / "unlabeled-c.parquet", pngs(3, 60))
+    finish(project.resolve())
+    write_images(project.images / "unlabeled-a.parquet", pngs(3, 70))
+    write_images(project.images / "unlabeled-b.parquet", pngs(3, 80))
+    (project.images / "unlabeled-c.parquet").unlink()
+    assert reasons(project.resolve())["prepare"] == (
+        "file unlabeled: unlabeled-a.parquet is new",
+        "file unlabeled: unlabeled-c.parquet is gone",
+        "file unlabeled: unlabeled-b.parquet changed",
+    )
+
+
+def test_files_that_were_touched_or_moved_with_their_folder_change_nothing(project: Project, tmp_path: Path) -> None:
+    finish(project.resolve())
+    os.utime(project.images / "labeled.parquet", (1, 1))
+    assert reasons(project.resolve()) == {}
+    project.images = project.images.rename(tmp_path / "elsewhere")
+    assert reasons(project.resolve()) == {}
+
+
+def test_a_rerun_is_named_and_raises_the_generation_once(project: Project) -> None:
+    finish(project.resolve())
+    again = project.resolve(rerun="2/select")
+    found = reasons(again)
+    assert list(found) == ["2/select", "2/student", "2/evaluate", "report"]
+    assert found["2/select"] == ("rerun asked for: generation 0 -> 1",)
+    assert found["2/student"] == ("input 2/select is new",)
+    finish(again)
+    assert reasons(project.resolve()) == {}, "a plain run follows the newest generation"
+    assert project.resolve().records["2/select"].generation == 1
+    assert reasons(project.resolve(rerun="2/select"))["2/select"] == ("rerun asked for: generation 1 -> 2",)
+
+
+def test_a_retried_prefect_run_goes_on_with_its_own_generation(project: Project) -> None:
+    finish(project.resolve())
+    rerun = resolve_like(project, "flow-run-1")
+    record_run(project.store, rerun.draft_record())
+    assert resolve_like(project, "flow-run-1").records["2/select"].generation == 1
+    assert resolve_like(project, "flow-run-2").records["2/select"].generation == 2
+
+
+def resolve_like(project: Project, prefect_run: str) -> Run:
+    """The run of `--rerun 2/select` under a Prefect run of that id."""
+    return resolve_run(
+        project.resolve().experiment, project.recipe, project.store, Rerun.parse("2/select"), prefect_run
+    )
+
+
+def test_a_rerun_of_a_stage_that_is_not_there_names_those_that_are(project: Project) -> None:
+    with pytest.raises(UserError, match="no such stage; it has prepare, 0/teacher"):
+        project.resolve(rerun="3/select")
+
+
+def test_an_interrupted_run_says_what_was_not_finished(project: Project) -> None:
+    finish(project.resolve(), "prepare", "0/teacher")
+    found = reasons(project.resolve())
+    assert set(found) == set(project.resolve().records) - {"prepare", "0/teacher"}
+    assert set(found.values()) == {("was not finished",)}
+
+
+def test_a_raised_stage_version_is_named(project: Project) -> None:
+    finish(project.resolve(), "prepare")
+    path = project.store.local_path("runs/tiny/1.json")
+    record = json.loads(path.read_text())
+    old = next(node for node in record["nodes"] if node["name"] == "0/teacher")
+    old.update(version=0, key="k" * 32, config={**old["config"], "gone_since": 3})
+    path.write_text(json.dumps(record))
+    found = reasons(project.resolve())["0/teacher"]
+    assert "stage train changed: version 0 -> 1" in found
+    assert "teacher.gone_since: 3 -> None" in found
+
+
+def test_an_artifact_made_by_other_code_is_marked(project: Project) -> None:
+    finish(project.resolve(), code={"commit": "0123456789abcdef", "dirty": True})
+    assert plan(project.resolve())["prepare"].reasons == ("made by code 0123456789 with changes",)
+
+
+def test_another_experiment_of_the_same_store_reuses_what_is_equal(project: Project) -> None:
+    finish(project.resolve())
+    found = plan(project.resolve("name=other"))
+    assert {name: row.reasons for name, row in found.items() if row.status == "will run"} == {
+        "report": ("never run before",)
+    }
+
+
+def test_a_stage_without_its_inputs_names_those_to_run_first(project: Project) -> None:
+    run = finish(project.resolve(), "prepare")
+    with pytest.raises(UserError, match=r"1/select needs 1/label, not made yet"):
+        execute_node(run, find_node(run, "1/select"), lambda request: pytest.fail("it ran"))
+    with pytest.raises(UserError, match="no stage '3/select'; it has prepare, 0/teacher"):
+        find_node(run, "3/select")
+
+
+def test_plan_ls_and_results_load_no_heavy_library_and_write_nothing(project: Project, tmp_path: Path) -> None:
+    finish(project.resolve(), "prepare", "0/teacher")
+    store = ["--store", str(project.store.root)]
+    lines = [
+        ["plan", project.recipe, *project.overrides("teacher.epochs=3"), *store],
+        ["plan", project.recipe, *project.overrides(), "--json", *store],
+        ["plan", project.recipe, *project.overrides(), "--store", str(tmp_path / "nowhere")],
+        ["ls", *store],
+        ["results", "tiny", *store],
+        ["results", "tiny/1", "--json", *store],
+    ]
+    before = everything_below(tmp_path)
+    program = COMMANDS.replace("HEAVY_NAMES", json.dumps(HEAVY))
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(lines)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert "teacher.epochs: 50.0 -> 3.0" in done.stdout
+    assert everything_below(tmp_path) == before

@@ -1,0 +1,182 @@
+"""What people do with runs: again, rerun a stage, both orders of work, two at once, under a real Prefect server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.artifacts import get, list_artifacts
+from storage.objects import Store
+from storage.runs import latest_run, resolve_ref
+from storage.shards import read_index
+from tests.flows.runs import TINY, command, contents, run, start
+
+
+def nst(*arguments: str) -> str:
+    return run([sys.executable, "-m", "flows.cli", *arguments])
+
+
+def test_a_finished_run_reuses_every_artifact_and_changes_nothing(finished: Path) -> None:
+    before = Store(str(finished)).list("")
+    output = run(command(finished))
+    assert output.count(": reused") == 8, output
+    assert Store(str(finished)).list("") == before
+
+
+def test_results_gives_one_record_a_model(finished: Path) -> None:
+    records = json.loads(nst("results", "digits", "--json", "--store", str(finished)))
+    assert [(r["iteration"], r["role"], r["ref"]) for r in records] == [
+        (0, "teacher", "digits/0/teacher"),
+        (1, "student", "digits/1/student"),
+    ]
+    teacher, student = records
+    assert teacher["kept"] is None
+    unlabeled = 5000 - 60 - 100 - 200 + 50
+    assert student["kept"] + student["dropped"] == unlabeled
+    assert all(0 <= record["top1"] <= 1 for record in records)
+    assert "digits/1/student" in nst("results", "digits/1", "--store", str(finished))
+
+
+def test_rerun_select_makes_it_and_what_follows_anew_and_nothing_before(finished_copy: Path) -> None:
+    output = run(command(finished_copy, "--rerun", "select"))
+    for name in ("prepare", "0/teacher", "0/evaluate", "1/label"):
+        assert f"{name}: reused" in output
+    for name in ("1/select", "1/student", "1/evaluate", "report"):
+        assert f"{name}: reused" not in output
+    latest = latest_run(Store(str(finished_copy)), "digits")
+    assert latest is not None
+    assert (latest.number, latest.generations["1/select"], latest.generations["1/student"]) == (2, 1, 0)
+    assert run(command(finished_copy)).count(": reused") == 8  # a plain run follows the newest generation
+    store = Store(str(finished_copy))
+    old, new = (get(store, "selection", resolve_ref(store, f"digits/1/select@{n}").key) for n in (1, 2))
+    assert old.key != new.key
+    assert [f.sha256 for f in old.files] == [f.sha256 for f in new.files]  # the same selection, made again
+
+
+def test_once_selects_once_and_the_student_learns_from_the_teachers_own_labels(finished_copy: Path) -> None:
+    output = run(command(finished_copy, "order=once"))
+    assert "0/teacher: reused" in output
+    store = Store(str(finished_copy))
+    selection, labels, student = (
+        get(store, kind, resolve_ref(store, f"digits/{name}").key)
+        for kind, name in (("selection", "0/select"), ("labels", "1/label"), ("model", "1/student"))
+    )
+    assert student.inputs["selection"] == selection.key
+    assert student.inputs["labels"] == labels.key
+    assert labels.metrics["images"] == selection.metrics["kept"] < selection.metrics["total"]
+    index = read_index(store, selection, "train", ["source_key", "copy"])
+    assert len(set(index["source_key"].to_pylist())) == selection.metrics["kept"]
+
+
+def test_two_runs_at_once_end_with_the_artifacts_of_one(finished: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    children = [start(command(store)) for _ in range(2)]
+    outputs = [child.communicate(timeout=500)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    assert contents(store) == contents(finished)
+
+
+def test_plan_names_the_changed_field_and_does_nothing(finished: Path) -> None:
+    before = Store(str(finished)).list("")
+    overrides = [*TINY, "select.min_confidence=0.2"]
+    rows = json.loads(nst("plan", "digits", *overrides, "--store", str(finished), "--json"))
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["1/label"]["status"] == "reused"
+    assert by_name["1/select"]["reasons"] == ["select.min_confidence: 0.0 -> 0.2"]
+    assert by_name["1/student"]["reasons"] == ["input 1/select is new"]
+    assert Store(str(finished)).list("") == before
+
+
+def test_an_exported_model_is_loaded_by_timm_alone(finished: Path, tmp_path: Path) -> None:
+    nst("export", "digits/1/student", str(tmp_path / "model"), "--store", str(finished))
+    program = (
+        "import sys, timm; from timm.data import resolve_data_config\n"
+        "m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True)\n"
+        "c = resolve_data_config({}, model=m); print(m.num_classes, c['input_size'], c['mean'], c['crop_pct'])"
+    )
+    printed = run([sys.executable, "-c", program, str(tmp_path / "model")])
+    assert printed.strip().endswith("10 (3, 28, 28) (0.13, 0.13, 0.13) 1.0"), printed
+
+
+@pytest.fixture
+def prefect_server(tmp_path: Path) -> Iterator[str]:
+    """A real Prefect server on a free port; its API's URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    line = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    log = (tmp_path / "server.log").open("w")
+    server = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        deadline = time.monotonic() + 90
+        while not _healthy(url):
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            assert time.monotonic() < deadline, "the Prefect server did not start in 90 s"
+            time.sleep(0.3)
+        yield url
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(30)
+        log.close()
+
+
+def test_under_a_prefect_server_reused_stages_end_as_reused_and_new_ones_as_completed(
+    finished_copy: Path, tmp_path: Path, prefect_server: str
+) -> None:
+    environment = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path / "prefect")}
+    run(command(finished_copy, "--rerun", "report", prefect="server"), **environment)
+    runs = _post(f"{prefect_server}/task_runs/filter", {})
+    states = {task["name"]: task["state"]["name"] for task in runs}
+    assert states.pop("report") == "Completed"
+    assert len(states) == 7
+    assert set(states.values()) == {"Reused"}
+    (flow_run,) = _post(f"{prefect_server}/flow_runs/filter", {})
+    assert flow_run["state"]["name"] == "Completed"
+    store = Store(str(finished_copy))
+    report = get(store, "report", resolve_ref(store, "digits/report").key)
+    assert report.provenance["prefect_run"] == flow_run["id"]
+
+
+def test_the_ephemeral_api_needs_no_server_and_a_bad_override_ends_before_it_starts(
+    finished_copy: Path, tmp_path: Path
+) -> None:
+    home = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": "http://127.0.0.1:1/api"}
+    output = run(command(finished_copy, prefect="ephemeral"), **home)
+    assert output.count(": reused") == 8, output
+    assert "ERROR" not in output
+    child = start(command(finished_copy, "student.epoch=3", prefect="ephemeral"), **home)
+    printed = child.communicate(timeout=60)[0]
+    assert child.returncode == 2
+    assert printed.strip() == "error: override: unknown field student.epoch -> did you mean student.epochs?"
+
+
+def test_every_artifact_carries_what_is_needed_to_reproduce_it(finished: Path) -> None:
+    for manifest in list_artifacts(Store(str(finished))):
+        assert manifest.provenance["packages"]["torch"]
+        assert manifest.provenance["seconds"] >= 0
+        assert set(manifest.provenance["code"]) == {"commit", "dirty"}
+        assert str(finished) not in manifest.model_dump_json(), "a root path is no part of an artifact"
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.loads(answer.read())

@@ -1,0 +1,261 @@
+"""Training is bitwise repeatable: undisturbed, stopped and resumed, on one rank or two."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+
+from models.checkpoints import list_checkpoints, load_checkpoint
+from models.configs import TrainConfig
+from models.launch import run_worker
+from models.training import HISTORY_COLUMNS, train
+from models.worker import Stopped, Worker
+from storage.errors import UserError
+from storage.keys import digest
+from tests.models.artifacts import Artifacts, file_of, label_by_hand, training_spec
+
+STEPS = 18
+CONFIG = TrainConfig.model_validate(
+    {
+        "model": {
+            "name": "resnet18",
+            "args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+            "image_size": 16,
+            "dropout": 0.2,
+            "drop_path": 0.2,
+        },
+        "epochs": 3,
+        "labeled_batch": 8,
+        "batch_ratio": 2,
+        "replicas": 2,
+        "optimizer": {"lr_per_256": 0.5},
+        "schedule": {"warmup_epochs": 1},
+        "ema_decay": 0.9,
+        "num_validations": 3,
+        "noise": {"crop": "resized", "num_ops": 2, "magnitude": 9},
+    }
+)
+TEACHER = CONFIG.model_copy(
+    update={
+        "epochs": 15.0,
+        "ema_decay": 0.5,
+        "label_smoothing": 0.0,
+        "replicas": 1,
+        "noise": CONFIG.noise.model_validate({"crop": "none", "flip": False, "num_ops": 0}),
+        "optimizer": CONFIG.optimizer.model_validate({"name": "sgd", "lr_per_256": 1.6}),
+        "model": CONFIG.model.model_copy(update={"dropout": 0.0, "drop_path": 0.0}),
+        "bn_momentum": 0.1,
+    }
+)
+
+
+class DisturbedWorker(Worker):
+    """Is asked to stop, or fails, as soon as a number of steps is done."""
+
+    def __init__(self, steps: int, error: Exception | None = None) -> None:
+        super().__init__()
+        self._steps, self._error = steps, error
+
+    def progress(self, done: int, total: int, unit: str = "images", last: bool = False, **facts: Any) -> None:
+        if done >= total * self._steps // STEPS:
+            if self._error is not None:
+                raise self._error
+            self.stop_requested = True
+
+
+def spec(artifacts: Artifacts, name: str, config: TrainConfig = CONFIG, **more: Any) -> dict[str, Any]:
+    return training_spec(artifacts, config, digest(["training", name]), **more)
+
+
+def run(artifacts: Artifacts, name: str, config: TrainConfig = CONFIG, **more: Any) -> dict[str, Any]:
+    return train(spec(artifacts, name, config, **more), Worker())
+
+
+def content(result: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of each published file by name: weights, config and history."""
+    return {entry["name"]: entry["sha256"] for entry in result["files"]}
+
+
+def weights(artifacts: Artifacts, result: dict[str, Any]) -> dict[str, np.ndarray]:
+    entry = file_of(result, "model.safetensors")
+    found: dict[str, np.ndarray] = safetensors.numpy.load_file(artifacts.store.local_path(entry.path))
+    return found
+
+
+def history(artifacts: Artifacts, result: dict[str, Any]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = pq.read_table(
+        artifacts.store.local_path(file_of(result, "history.parquet").path)
+    ).to_pydict()
+    return columns
+
+
+@pytest.fixture(scope="module")
+def undisturbed(artifacts: Artifacts) -> dict[str, Any]:
+    return run(artifacts, "undisturbed")
+
+
+def test_two_undisturbed_runs_are_bitwise_the_same(artifacts: Artifacts, undisturbed: dict[str, Any]) -> None:
+    assert content(run(artifacts, "again")) == content(undisturbed)
+    assert undisturbed["metrics"]["num_steps"] == STEPS
+
+
+def test_another_seed_gives_another_network(artifacts: Artifacts, undisturbed: dict[str, Any]) -> None:
+    other = run(artifacts, "seed", CONFIG.model_copy(update={"seed": 1}))
+    assert content(other)["model.safetensors"] != content(undisturbed)["model.safetensors"]
+
+
+@pytest.mark.parametrize("steps", [1, 7, STEPS])
+def test_stopped_and_resumed_is_bitwise_the_undisturbed_run(
+    artifacts: Artifacts, undisturbed: dict[str, Any], steps: int
+) -> None:
+    job = spec(artifacts, f"stopped {steps}")
+    with pytest.raises(Stopped):
+        train(job, DisturbedWorker(steps))
+    resumed = train({**job, "attempt": "second"}, Worker())
+    assert resumed["facts"]["resumed_at_step"] == steps
+    assert content(resumed) == content(undisturbed)
+
+
+def test_a_run_that_broke_goes_on_from_its_last_checkpoint(artifacts: Artifacts, undisturbed: dict[str, Any]) -> None:
+    """With loader processes the second time: they change nothing."""
+    job = spec(artifacts, "broken", checkpoint_steps=4)
+    with pytest.raises(MemoryError):
+        train(job, DisturbedWorker(11, MemoryError()))
+    resumed = train({**job, "attempt": "second", "loader_workers": 2}, Worker())
+    assert resumed["facts"]["resumed_at_step"] == 8
+    assert content(resumed) == content(undisturbed)
+
+
+def test_an_altered_checkpoint_is_not_used_and_an_older_one_is(
+    artifacts: Artifacts, undisturbed: dict[str, Any]
+) -> None:
+    job = spec(artifacts, "altered", checkpoint_steps=4)
+    with pytest.raises(MemoryError):
+        train(job, DisturbedWorker(11, MemoryError()))
+    newest, older = list_checkpoints(artifacts.store, job["key"])
+    local = artifacts.store.local_path(newest)
+    data = bytearray(local.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    local.write_bytes(data)
+    assert load_checkpoint(artifacts.store, newest) is None
+    resumed = train({**job, "attempt": "second"}, Worker())
+    assert resumed["facts"]["resumed_at_step"] == 4
+    assert older.split("/")[-1].startswith("step-000000004-")
+    assert content(resumed) == content(undisturbed)
+
+
+def test_only_the_newest_two_checkpoints_of_an_attempt_are_kept(artifacts: Artifacts) -> None:
+    job = spec(artifacts, "many", checkpoint_steps=2)
+    train(job, Worker())
+    names = [path.split("/")[-1] for path in list_checkpoints(artifacts.store, job["key"])]
+    assert [name.split("-")[1] for name in names] == ["000000016", "000000014"]
+
+
+@pytest.fixture(scope="module")
+def four_replicas() -> TrainConfig:
+    return CONFIG.model_copy(update={"replicas": 4})
+
+
+@pytest.fixture(scope="module")
+def two_ranks(artifacts: Artifacts, four_replicas: TrainConfig) -> list[dict[str, Any]]:
+    """Two trainings of two real DDP ranks: with two and with four replicas."""
+    jobs = [spec(artifacts, "two ranks"), spec(artifacts, "two ranks of two", four_replicas)]
+    results: list[dict[str, Any]] = run_worker(
+        "tests.models.child_functions:train_all", {"trainings": jobs}, world=2, threads=1
+    )["results"]
+    return results
+
+
+def test_two_replicas_are_bitwise_the_same_on_one_rank_and_on_two(
+    artifacts: Artifacts, undisturbed: dict[str, Any], two_ranks: list[dict[str, Any]]
+) -> None:
+    one, two = weights(artifacts, undisturbed), weights(artifacts, two_ranks[0])
+    assert [name for name in one if not np.array_equal(one[name], two[name])] == []
+    assert content(undisturbed)["model.safetensors"] == content(two_ranks[0])["model.safetensors"]
+    assert undisturbed["metrics"]["val_top1"] == two_ranks[0]["metrics"]["val_top1"]
+
+
+def test_four_replicas_agree_to_rounding_on_one_rank_and_on_two(
+    artifacts: Artifacts, four_replicas: TrainConfig, two_ranks: list[dict[str, Any]]
+) -> None:
+    one = weights(artifacts, run(artifacts, "four", four_replicas))
+    two = weights(artifacts, two_ranks[1])
+    assert max(np.abs(one[name] - two[name]).max() for name in one) < 1e-5
+
+
+def test_the_number_of_replicas_is_part_of_the_result(
+    artifacts: Artifacts, undisturbed: dict[str, Any], two_ranks: list[dict[str, Any]]
+) -> None:
+    """Each has batch-norm statistics of its own: never take one for the other."""
+    two, four = weights(artifacts, undisturbed), weights(artifacts, two_ranks[1])
+    assert max(np.abs(two[name] - four[name]).max() for name in two) > 1e-3
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_the_step_and_the_remedy(artifacts: Artifacts) -> None:
+    wild = {"name": "sgd", "lr_per_256": 1e6}
+    config = CONFIG.model_copy(update={"optimizer": CONFIG.optimizer.model_validate(wild)})
+    with pytest.raises(UserError, match=rf"not finite at step \d+ of {STEPS}; lower optimizer.lr_per_256 .*1000000"):
+        run(artifacts, "wild", config)
+
+
+@pytest.fixture(scope="module")
+def teacher(artifacts: Artifacts) -> dict[str, Any]:
+    return run(artifacts, "teacher", TEACHER, student=False)
+
+
+def test_a_teacher_learns_from_labeled_images_alone(artifacts: Artifacts, teacher: dict[str, Any]) -> None:
+    found = history(artifacts, teacher)
+    assert tuple(found) == HISTORY_COLUMNS
+    assert set(found["loss_unlabeled"]) == {None}
+    first, last = np.mean(found["loss_labeled"][:3]), np.mean(found["loss_labeled"][-3:])
+    assert last < 0.3 * first
+    assert teacher["metrics"]["val_top1"] >= 0.6  # chance: 0.25
+    assert teacher["metrics"]["val_top1"] == found["val_top1"][-1]
+
+
+def test_a_teacher_ignores_what_only_students_use(artifacts: Artifacts, teacher: dict[str, Any]) -> None:
+    config = TEACHER.model_copy(update={"batch_ratio": 7.0, "pseudo_labels": "hard", "loss": "sum_of_means"})
+    assert content(run(artifacts, "other teacher", config, student=False)) == content(teacher)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"pseudo_labels": "hard"}, {"loss": "ratio_weighted"}, {"temperature": 0.5}], ids=str
+)
+def test_a_students_labels_and_loss_matter(
+    artifacts: Artifacts, undisturbed: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    result = run(artifacts, str(changed), CONFIG.model_copy(update=changed))
+    assert content(result)["model.safetensors"] != content(undisturbed)["model.safetensors"]
+
+
+def test_labels_of_a_label_artifact_replace_the_baked_ones(artifacts: Artifacts, undisturbed: dict[str, Any]) -> None:
+    same = run(artifacts, "joined", labels=artifacts.labels.key)
+    assert content(same) == content(undisturbed)  # the selection was baked from these
+    other = label_by_hand(artifacts.store, artifacts.data, seed=2)
+    assert content(run(artifacts, "relabeled", labels=other.key)) != content(undisturbed)
+
+
+def test_the_history_measures_the_average_as_often_as_asked(artifacts: Artifacts, undisturbed: dict[str, Any]) -> None:
+    found = history(artifacts, undisturbed)
+    assert found["step"] == list(range(1, STEPS + 1))
+    assert [step for step, top1 in zip(found["step"], found["val_top1"], strict=True) if top1 is not None] == [
+        6,
+        12,
+        18,
+    ]
+    assert found["epoch"][-1] == CONFIG.epochs
+
+
+def test_weights_decay_but_not_biases_and_batch_norm() -> None:
+    from models import zoo
+    from models.training import _optimizer
+
+    model = zoo.build(CONFIG.model, 4)
+    groups = _optimizer(model, CONFIG).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_decay = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in groups}
+    assert set(by_decay) == {0.0, 1e-5}
+    assert {"bn1.weight", "bn1.bias", "fc.bias"} <= by_decay[0.0]
+    assert {"conv1.weight", "fc.weight"} <= by_decay[1e-5]
