@@ -75,6 +75,8 @@ class LocalEngine:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # a failure or Ctrl-C ends the others too
                 stop.set()
+                for future in futures:
+                    future.cancel()
         for future in done:
             future.result()  # raises the first failure, not those of the children that it ended
         return [future.result() for future in futures]

@@ -19,7 +19,7 @@ from pydantic import Field
 from models.compute import group_shards
 from models.worker import Stopped, Worker
 from storage.artifacts import FileEntry, Manifest, Part, find_part, get, publish_part
-from storage.errors import UserError
+from storage.errors import StoreError, UserError
 from storage.images import image_extension
 from storage.keys import Config, digest
 from storage.objects import Store
@@ -197,6 +197,10 @@ def _plan_part(context: StageContext, config: SelectConfig, data: Manifest, labe
         num_decisions = _write_batches(decisions, decide(predictions, config))
         facts = _summary(decisions, config, labels.metrics["class_names"])
         num_copies = _write_batches(layout, lay_out(decisions, indices, config.seed))
+        if num_copies != facts["total"]:
+            raise StoreError(
+                f"labels {labels.key} hold images that data set {data.key} has not; they are of another one"
+            )
         files = {"decisions.parquet": (decisions, num_decisions), "layout.parquet": (layout, num_copies)}
         return publish_part(store, "select", key, NO_NUMERICS, files, facts)
 
