@@ -18,7 +18,7 @@ from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
 from tasks.prepare import fingerprint, open_source
 from tasks.sources import SourceFile
 from tasks.stage import StageOutcome, StageRequest, missing_inputs
-from tasks.train import check_batches
+from tasks.train import check_batches, check_unlabeled_batch
 
 DoStage = Callable[[StageRequest], StageOutcome]
 
@@ -153,6 +153,9 @@ def preflight(run: Run) -> None:
     networks = run.experiment.networks()
     for field_name, config in networks.items():
         check_batches(config, field_name, data)
+    most = run.experiment.select.images_per_class * len(data.metrics["class_names"])
+    for number, student in enumerate(run.experiment.iterations, start=1):
+        check_unlabeled_batch(student, f"iterations.{number}", most, "a selection holds at most")
     counts = _count_parameters(run, len(data.metrics["class_names"]))
     teacher = "teacher"
     for number, student in enumerate(run.experiment.iterations, start=1):

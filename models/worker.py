@@ -97,11 +97,14 @@ def die_with_parent() -> None:
 def _run_elastic(job: dict[str, Any]) -> int:
     """Become torch elastic's agent in script mode (it stops within 2 s of SIGTERM; `elastic_launch` takes 31 s)."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
     os.environ["NST_PARENT"] = str(os.getpid())
     arguments = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={job['world']}", "--max-restarts=0"]
     try:
         run.main([*arguments, "-m", "models.worker", sys.argv[1]])
+    except SignalException:
+        return STOPPED_EXIT_CODE
     except Exception as error:  # the failing rank has reported its own error
         print(f"torch elastic: {error}", flush=True)
         return 1
@@ -109,4 +112,6 @@ def _run_elastic(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from models import worker as imported  # this file is `__main__` here: its own Stopped is not the one that is raised
+
+    sys.exit(imported.main())

@@ -47,9 +47,15 @@ def check_batches(config: TrainConfig, field: str, data: Manifest, selection: Ma
             f"{field}.labeled_batch={config.labeled_batch} is larger than the labeled set of {num_labeled} images; "
             f"set {field}.labeled_batch to {num_labeled} or less"
         )
-    num_unlabeled = config.replicas * config.replica_unlabeled
-    if selection is not None and num_unlabeled > selection.metrics["total"]:
+    if selection is not None:
+        check_unlabeled_batch(config, field, selection.metrics["total"], "the selection holds")
+
+
+def check_unlabeled_batch(config: TrainConfig, field: str, num_unlabeled: int, what: str) -> None:
+    """Raise UserError where a batch holds more unlabeled images than a selection has (`what` says how that is known)."""
+    wanted = config.replicas * config.replica_unlabeled
+    if wanted > num_unlabeled:
         raise UserError(
-            f"{field}.batch_ratio={config.batch_ratio} asks for {num_unlabeled} unlabeled images a batch, the selection "
-            f"holds {selection.metrics['total']}; lower the ratio or raise select.images_per_class"
+            f"{field}.batch_ratio={config.batch_ratio} asks for {wanted} unlabeled images a batch, {what} {num_unlabeled}; "
+            "lower the ratio or raise select.images_per_class"
         )

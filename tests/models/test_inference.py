@@ -178,8 +178,7 @@ def test_outputs_that_are_not_finite_are_an_error_with_shard_and_key(artifacts: 
     with torch.no_grad():
         broken.get_classifier().weight.fill_(3e38)
         broken.get_classifier().bias.fill_(-3e38)
-    config = NETWORK
-    manifest = commit_overflowing(artifacts.store, broken, config)
+    manifest = commit_overflowing(artifacts.store, broken)
     shard = shard_files(artifacts.data, "unlabeled")[1]
     index = read_table(artifacts.store, artifacts.data.file("index/unlabeled/00001.parquet"))
     with pytest.raises(StoreError, match="not finite") as refusal:
@@ -189,7 +188,7 @@ def test_outputs_that_are_not_finite_are_an_error_with_shard_and_key(artifacts: 
     assert parts(artifacts, "broken") == []
 
 
-def commit_overflowing(store: Store, model: torch.nn.Module, config: ModelConfig) -> Manifest:
+def commit_overflowing(store: Store, model: torch.nn.Module) -> Manifest:
     """`zoo.save` refuses such a network, so its files are written as an older version or another program might."""
     import safetensors.torch
 
@@ -198,7 +197,7 @@ def commit_overflowing(store: Store, model: torch.nn.Module, config: ModelConfig
 
     key, files = digest("overflowing"), []
     with store.staging() as folder:
-        zoo.save(network(len(CLASSES)), config, list(CLASSES), folder)
+        zoo.save(network(len(CLASSES)), NETWORK, list(CLASSES), folder)
         safetensors.torch.save_file(model.state_dict(), str(folder / zoo.WEIGHTS_FILE))
         for name in (zoo.WEIGHTS_FILE, zoo.CONFIG_FILE):
             files.append(publish_file(store, artifact_folder("model", key), name, folder / name))
@@ -210,7 +209,6 @@ def test_damaged_weights_are_refused(artifacts: Artifacts) -> None:
     local = artifacts.store.local_path(manifest.file(zoo.WEIGHTS_FILE).path)
     data = bytearray(local.read_bytes())
     data[-1] ^= 1
-    local.chmod(0o644)
     local.unlink()
     local.write_bytes(data)
     with pytest.raises(StoreError, match=f"{local.name} is damaged"):

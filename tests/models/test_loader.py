@@ -225,7 +225,7 @@ def test_normalization_is_the_textbook_one_in_channels_last_memory() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
     found = normalize(images, mean, std)
     expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
