@@ -64,7 +64,8 @@ class PlainDisplay:
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """One line with what came out."""
-        self._write(f"{name}: {describe(outcome) if outcome else 'failed'}")
+        mark = "" if outcome is None or not outcome.reused else "reused "
+        self._write(f"{name}: {mark}{describe(outcome) if outcome else 'failed'}")
 
 
 class _RateColumn(ProgressColumn):
@@ -108,7 +109,7 @@ class RichDisplay:
             self._task = None
         self._progress.stop()
         mark = "[red]failed" if outcome is None else "[dim]reused[/] " if outcome.reused else "[green]done[/]   "
-        self._console.print(f"{name:<12} {mark} {describe(outcome) if outcome else ''}", highlight=False)
+        self._console.print(f"{name:<12} {mark} {describe(outcome) if outcome else ''}", highlight=False, no_wrap=True)
 
 
 def shown(request: StageRequest, display: Display, work: Callable[[], StageOutcome]) -> StageOutcome:
@@ -141,7 +142,7 @@ def describe(outcome: StageOutcome) -> str:
         "report": lambda: manifest.file("report.html").path,
     }[manifest.kind]()
     seconds = "" if outcome.reused else f" in {manifest.provenance['seconds']:.0f} s"
-    return f"{'reused ' if outcome.reused else ''}{manifest.kind} {manifest.key[:12]}: {facts}{seconds}"
+    return f"{manifest.kind} {manifest.key[:12]}: {facts}{seconds}"
 
 
 def results_table(records: list[dict[str, Any]], title: str) -> Table:

@@ -103,7 +103,7 @@ def test_an_exported_model_is_loaded_by_timm_alone(finished: Path, tmp_path: Pat
         "c = resolve_data_config({}, model=m); print(m.num_classes, c['input_size'], c['mean'], c['crop_pct'])"
     )
     printed = run([sys.executable, "-c", program, str(tmp_path / "model")])
-    assert printed.strip().endswith("10 (3, 28, 28) (0.13, 0.13, 0.13) 1.0"), printed
+    assert printed.strip().endswith("10 [3, 28, 28] [0.13, 0.13, 0.13] 1.0"), printed
 
 
 @pytest.fixture
