@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from flows.experiment import Experiment
 from flows.graph import ROLES, STAGES, Node, build_graph, resolve_keys
 from models.compute import LocalEngine
+from models.launch import warm_up
 from models.numerics import package_versions
 from storage.artifacts import Manifest, find, find_part, publish_part
 from storage.errors import UserError
@@ -20,6 +21,7 @@ from tasks.sources import SourceFile
 from tasks.stage import StageOutcome, StageRequest, missing_inputs
 from tasks.train import check_batches, check_unlabeled_batch
 
+NEED_TORCH = ("model", "labels", "evaluation")  # kinds of artifacts whose stages run a network
 DoStage = Callable[[StageRequest], StageOutcome]
 
 
@@ -108,6 +110,8 @@ def execute(run: Run, do_stage: DoStage) -> RunRecord:
     """Do every stage in order, check what can be checked before training, and set the refs."""
     run.store.check_writable()
     record = record_run(run.store, run.draft_record())
+    if any(find(run.store, node.kind, node.key) is None for node in run.records.values() if node.kind in NEED_TORCH):
+        warm_up()
     for node in run.nodes:
         execute_node(run, node, do_stage)
         if node.stage == "prepare":

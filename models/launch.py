@@ -1,20 +1,27 @@
 """The one module that starts processes: a child runs `models.worker` on a JSON spec, alone or as a torch elastic gang.
 
+A single child that needs torch is forked by a warm parent (models/warm.py), which this process starts once.
+
 Children speak in lines: those that begin with `@nst ` carry one JSON record (progress, result, error), all others are
 log. A child's output is always piped, because one that inherits stdout can hold a dead flow open; a child dies with
 its parent (models/worker.py), and gets `GRACE_S` to write a checkpoint when it is asked to stop.
 """
 
+import atexit
+import contextlib
 import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 from storage.errors import UserError
 
@@ -24,6 +31,7 @@ LAST_LINES = 30
 STOPPED_EXIT_CODE = 143
 
 Record = dict[str, Any]
+Child: TypeAlias = "subprocess.Popen[str] | WarmChild"
 
 
 class WorkerFailed(Exception):
@@ -42,21 +50,13 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run `function` ("module:name") on a JSON spec in `world` child processes and return rank 0's result.
 
-    Blocks until all processes are gone, on an exception too; `stop` ends them from another thread. Raises UserError where the child found bad input,
-    WorkerFailed for every other failure.
+    Blocks until all processes are gone, on an exception too; `stop` ends them from another thread. Raises UserError
+    where the child found bad input, WorkerFailed for every other failure.
     """
     with tempfile.TemporaryDirectory(prefix="nst-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(json.dumps({"function": function, "spec": spec, "world": world, "threads": threads}))
-        child = subprocess.Popen(
-            [sys.executable, "-m", "models.worker", str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=child_environment(threads),
-            text=True,
-            errors="replace",
-        )
+        child = _start(function, path, world, threads)
         finished = threading.Event()
         if stop is not None:
             threading.Thread(target=_stop_on, args=(child, stop, finished), daemon=True).start()
@@ -77,6 +77,123 @@ def run_worker(
         how = "was asked to stop" if code in (STOPPED_EXIT_CODE, -15) else f"ended with exit code {code}"
         raise WorkerFailed(f"{function} {how}; its last lines:\n" + "\n".join(last_lines))
     return results[0]
+
+
+def _start(function: str, spec: Path, world: int, threads: int) -> Child:
+    """A child on its way: forked by the warm parent where it needs torch and is alone, else a process of its own."""
+    if world == 1 and function.startswith("models.") and sys.platform == "linux":
+        return WarmParent.of_this_process().start(spec)
+    return subprocess.Popen(
+        [sys.executable, "-m", "models.worker", str(spec)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=child_environment(threads),
+        text=True,
+        errors="replace",
+    )
+
+
+class WarmChild:
+    """A child of the warm parent, to be used like a `subprocess.Popen`."""
+
+    def __init__(self, stdout: IO[str]) -> None:
+        self.stdout = stdout
+        self.pid = 0
+        self.code: int | None = None
+        self.known, self.ended = threading.Event(), threading.Event()
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self.code if self.ended.is_set() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end. Raises subprocess.TimeoutExpired."""
+        if not self.ended.wait(timeout):
+            raise subprocess.TimeoutExpired("models.worker", timeout or 0.0)
+        return self.code if self.code is not None else 1
+
+    def terminate(self) -> None:
+        """Ask it to stop."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        self.known.wait()
+        if not self.ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class WarmParent:
+    """This process's warm parent: started with the first job, ended with this process."""
+
+    _lock = threading.Lock()
+    _current: "WarmParent | None" = None
+
+    @classmethod
+    def of_this_process(cls) -> "WarmParent":
+        """The one that runs, or a new one."""
+        with cls._lock:
+            if cls._current is None or cls._current._process.poll() is not None:
+                cls._current = cls()
+            return cls._current
+
+    def __init__(self) -> None:
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "models.warm", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=child_environment(threads=1),
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self._children: dict[str, WarmChild] = {}
+        threading.Thread(target=self._listen, daemon=True).start()
+        atexit.register(self._close)
+
+    def start(self, spec: Path) -> WarmChild:
+        """Fork a child that runs `models.worker` on a spec file."""
+        reading, writing = os.pipe()
+        child = WarmChild(os.fdopen(reading, errors="replace"))
+        job = uuid.uuid4().hex
+        self._children[job] = child
+        try:
+            socket.send_fds(self._connection, [json.dumps({"job": job, "spec": str(spec)}).encode()], [writing])
+        except OSError as error:
+            raise WorkerFailed(f"the warm parent of the workers is gone ({error}); run again") from error
+        finally:
+            os.close(writing)
+        return child
+
+    def _listen(self) -> None:
+        while data := self._connection.recv(1 << 16):
+            message = json.loads(data)
+            child = self._children[message["job"]]
+            if "pid" in message:
+                child.pid = message["pid"]
+                child.known.set()
+            else:
+                child.code = message["code"]
+                child.ended.set()
+                del self._children[message["job"]]
+        for child in self._children.values():  # it was killed, and its children with it
+            child.known.set()
+            child.ended.set()
+
+    def _close(self) -> None:
+        self._connection.shutdown(socket.SHUT_RDWR)
+        self._process.wait()
+
+
+def warm_up() -> None:
+    """Start the warm parent ahead of the first job, so that it loads torch while other work goes on."""
+    if sys.platform == "linux":
+        WarmParent.of_this_process()
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -115,7 +232,7 @@ def code_state() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
-def stop_process(child: "subprocess.Popen[str]") -> None:
+def stop_process(child: Child) -> None:
     """End a child and wait for it: SIGTERM, then SIGKILL after the grace. No effect on one that has ended."""
     if child.poll() is None:
         child.terminate()
@@ -128,7 +245,7 @@ def stop_process(child: "subprocess.Popen[str]") -> None:
         child.stdout.close()
 
 
-def _stop_on(child: "subprocess.Popen[str]", stop: threading.Event, finished: threading.Event) -> None:
+def _stop_on(child: Child, stop: threading.Event, finished: threading.Event) -> None:
     """Ask the child to end as soon as `stop` is set; it may have been set before the child started."""
     while not finished.is_set():
         if stop.wait(0.2):
@@ -141,7 +258,7 @@ def _stop_on(child: "subprocess.Popen[str]", stop: threading.Event, finished: th
 
 
 def _listen(
-    child: "subprocess.Popen[str]", on_record: Callable[[Record], None], on_log: Callable[[str], None]
+    child: Child, on_record: Callable[[Record], None], on_log: Callable[[str], None]
 ) -> tuple[list[Record], list[str]]:
     """Read the child's lines to the end; keep its results and errors and the last lines of its log."""
     kept: list[Record] = []
