@@ -230,7 +230,8 @@ def main() -> None:
     """Entry of the command: one line for a mistake of the user's, the cause for everything else."""
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False):  # typer turns an interrupt into an exit code
+            raise KeyboardInterrupt
     except UserError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(EXIT_USER_ERROR)

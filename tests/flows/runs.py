@@ -29,6 +29,7 @@ TINY = (
     "select.on_empty_class=skip",
     "select.shard_images=200",
     "compute.ranks=1",
+    "compute.threads=1",
     "compute.checkpoint_steps=5",
     "compute.task_images=400",
 )
