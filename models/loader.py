@@ -149,6 +149,7 @@ class PseudoLabels:
         self._read: dict[int, np.ndarray] = {}
         self._offset = images.index["soft_offset"].to_numpy()
         self._bytes = images.index["soft_bytes"].to_numpy()
+        self._sha256 = images.index["soft_sha256"]
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Probabilities of these rows, float32 [rows, classes]."""
@@ -159,12 +160,9 @@ class PseudoLabels:
     def _baked(self, row: int) -> np.ndarray:
         if row in self._read:
             return self._read[row]
-        path = self._images.shard_path(row)
-        data = self._reader.read(path, int(self._offset[row]), int(self._bytes[row]))
-        try:
-            label = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:  # the index has no digest of a soft label
-            raise StoreError(f"shard {path} is damaged: the soft label at {self._offset[row]} ({error})") from error
+        place = int(self._offset[row]), int(self._bytes[row])
+        data = self._reader.read(self._images.shard_path(row), *place, self._sha256[row].as_py())
+        label = np.load(io.BytesIO(data), allow_pickle=False)
         if len(self._images) * label.nbytes <= CACHE_BYTES:
             self._read[row] = label
         return label

@@ -121,6 +121,7 @@ class Trainer:
                 self._checkpoint()
                 raise Stopped
             if self.step % self.spec["checkpoint_steps"] == 0 and not last:
+                self._means(facts)  # a network that has diverged is no checkpoint
                 self._checkpoint()
         seconds = time.perf_counter() - started
         facts = {
@@ -174,21 +175,26 @@ class Trainer:
         return losses.combine(labeled, unlabeled, config), facts
 
     def _record(self, facts: dict[str, Any]) -> None:
-        """Append a row to the history: means over all ranks."""
-        row = {"step": float(self.step), "epoch": self.step * self.config.labeled_batch / len(self.labeled)}
+        """Append a row to the history."""
+        epoch = self.step * self.config.labeled_batch / len(self.labeled)
+        self.history.append({"step": float(self.step), "epoch": epoch, **self._means(facts)})
+
+    def _means(self, facts: dict[str, Any]) -> dict[str, float]:
+        """A step's facts as numbers, means over all ranks. Raises UserError where a loss is not finite."""
+        row = {}
         for name, value in facts.items():
             if isinstance(value, torch.Tensor):
+                value = value.clone()
                 if self.worker.world > 1:
                     dist.all_reduce(value)
-                    value = value / self.worker.world
-                value = value.item()
+                value = (value / self.worker.world).item()
             row[name] = value
         if not row["loss_labeled"] < float("inf") or not row.get("loss_unlabeled", 0.0) < float("inf"):
             raise UserError(
                 f"the loss is not finite at step {self.step} of {self.num_steps}; lower optimizer.lr_per_256 "
                 f"(now {self.config.optimizer.lr_per_256}) or lengthen schedule.warmup_epochs"
             )
-        self.history.append(row)
+        return row
 
     @torch.inference_mode()
     def validate(self) -> float:

@@ -5,6 +5,7 @@ a class with fewer is duplicated at random, as evenly as can be, up to images_pe
 hash of seed and key: the selection is the same on every machine.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ SELECTION_SCHEMA = pa.schema(
         ("confidence", pa.float32()),
         ("soft_offset", pa.int64()),  # of the soft label's .npy in the tar
         ("soft_bytes", pa.int64()),
+        ("soft_sha256", pa.string()),
     ]
 )
 
@@ -268,9 +270,11 @@ def _write_shard(
                 "copy": row["copy"],
             }
             row["extension"] = image_extension(image)
+            label = npy_bytes(soft)
+            row["soft_sha256"] = hashlib.sha256(label).hexdigest()
             members = {
                 row["extension"]: image,
-                "npy": npy_bytes(soft),
+                "npy": label,
                 "json": json.dumps(facts, sort_keys=True).encode(),
             }
             yield ShardSample(row["key"], members)
