@@ -27,6 +27,7 @@ from storage.errors import UserError
 
 RECORD_PREFIX = "@nst "
 GRACE_S = 25.0  # Prefect kills a cancelled flow after 30 s
+CLOSE_S = 1.0
 LAST_LINES = 30
 STOPPED_EXIT_CODE = 143
 
@@ -138,7 +139,7 @@ class WarmParent:
     def of_this_process(cls) -> "WarmParent":
         """The one that runs, or a new one."""
         with cls._lock:
-            if cls._current is None or cls._current._process.poll() is not None:
+            if cls._current is None or cls._current._gone or cls._current._process.poll() is not None:
                 cls._current = cls()
             return cls._current
 
@@ -153,41 +154,59 @@ class WarmParent:
         )
         theirs.close()
         self._children: dict[str, WarmChild] = {}
+        self._state, self._gone = threading.Lock(), False
         threading.Thread(target=self._listen, daemon=True).start()
         atexit.register(self._close)
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
 
     def start(self, spec: Path) -> WarmChild:
         """Fork a child that runs `models.worker` on a spec file."""
         reading, writing = os.pipe()
         child = WarmChild(os.fdopen(reading, errors="replace"))
         job = uuid.uuid4().hex
-        self._children[job] = child
         try:
+            with self._state:
+                if self._gone:
+                    raise ConnectionResetError
+                self._children[job] = child
             socket.send_fds(self._connection, [json.dumps({"job": job, "spec": str(spec)}).encode()], [writing])
         except OSError as error:
-            raise WorkerFailed(f"the warm parent of the workers is gone ({error}); run again") from error
+            raise WorkerFailed("the warm parent of the workers was killed; run again") from error
         finally:
             os.close(writing)
         return child
 
     def _listen(self) -> None:
-        while data := self._connection.recv(1 << 16):
-            message = json.loads(data)
-            child = self._children[message["job"]]
-            if "pid" in message:
-                child.pid = message["pid"]
-                child.known.set()
-            else:
-                child.code = message["code"]
-                child.ended.set()
-                del self._children[message["job"]]
-        for child in self._children.values():  # it was killed, and its children with it
-            child.known.set()
+        with contextlib.suppress(OSError):  # a connection that is reset has ended like one that is closed
+            while data := self._connection.recv(1 << 16):
+                message = json.loads(data)
+                child = self._children[message["job"]]
+                if "pid" in message:
+                    child.pid = message["pid"]
+                    child.known.set()
+                else:
+                    child.code = message["code"]
+                    child.ended.set()
+                    del self._children[message["job"]]
+        with self._state:
+            self._gone = True
+        for child in self._children.values():  # their parent was killed, and they with it
             child.ended.set()
+            child.known.set()
 
     def _close(self) -> None:
-        self._connection.shutdown(socket.SHUT_RDWR)
-        self._process.wait()
+        """End it: at once where it waits for jobs, by force where it is still loading."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def warm_up() -> None:

@@ -67,6 +67,7 @@ def _report_end(connection: socket.socket, ended: tuple[str, int, int]) -> None:
 
 def _run_job(message: dict[str, Any], output: int) -> int:
     """In the child: make the pipe its output, and be a worker like any other."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

@@ -30,6 +30,7 @@ TINY = (
     "select.shard_images=200",
     "compute.ranks=1",
     "compute.threads=1",
+    "compute.loader_workers=1",
     "compute.checkpoint_steps=5",
     "compute.task_images=400",
 )
