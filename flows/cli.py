@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.driver import Rerun, Run, resolve_run
+from flows.driver import Rerun, Run, find_node, resolve_run
 from flows.experiment import load_experiment
 from models.launch import WorkerFailed
 from storage.artifacts import find, list_artifacts
@@ -158,16 +158,18 @@ def stage(
     """
     from flows.console import make_display
 
-    load_experiment(recipe, overrides or (), scale)
+    experiment = load_experiment(recipe, overrides or (), scale)
+    find_node(resolve_run(experiment, recipe, Store(store), Rerun()), name)  # a wrong name ends here
     if prefect is PrefectMode.off:
         _stage_plain(name, recipe, overrides or [], Store(store), scale)
         return
     _set_up_prefect(prefect)
     from flows.iteration import show_on
-    from flows.stages import single_stage
+    from flows.stages import STAGE_FLOWS
 
+    iteration, _, role = name.rpartition("/")
     show_on(make_display(console))
-    single_stage(name, recipe, overrides or [], Store(store).url, scale)
+    STAGE_FLOWS[role](recipe, int(iteration or 0), overrides or [], Store(store).url, scale)
 
 
 @app.command()
@@ -288,7 +290,7 @@ def _run_plain(recipe: str, overrides: list[str], store: Store, rerun: Rerun, sc
 
 def _stage_plain(name: str, recipe: str, overrides: list[str], store: Store, scale: str) -> None:
     from flows.console import make_display, shown
-    from flows.driver import execute_node, find_node
+    from flows.driver import execute_node
     from tasks.stage import run_stage
 
     display = make_display(console)

@@ -16,6 +16,10 @@ from storage.objects import Store
 from tasks.stage import StageOutcome, StageRequest, stage_task
 
 RerunChoice = Literal["nothing", "prepare", "teacher", "selector", "label", "select", "student", "evaluate", "report"]
+RECIPE = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own")
+OVERRIDES: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30")
+STORE = Field("nst-store", title="Store", description="Root URL of the artifacts: file:///... or a folder")
+SCALE = Field("", title="Scale", description="A scale that the recipe offers, e.g. smoke; empty: in full")
 _display: list[Display] = []
 
 
@@ -26,12 +30,12 @@ def show_on(display: Display) -> None:
 
 @flow(name="noisy-student", flow_run_name="{recipe}", persist_result=False)
 def noisy_student(
-    recipe: str = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own"),
-    overrides: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30"),
-    store: str = Field("nst-store", title="Store", description="Root URL of the artifacts: file:///... or a folder"),
+    recipe: str = RECIPE,
+    overrides: list[str] = OVERRIDES,
+    store: str = STORE,
     rerun: RerunChoice = Field("nothing", title="Rerun", description="Make this stage, and all that follows, anew"),
     rerun_iteration: int = Field(-1, title="Rerun iteration", description="Only this iteration's; -1: of all", ge=-1),
-    scale: str = Field("", title="Scale", description="A scale that the recipe offers, e.g. smoke; empty: in full"),
+    scale: str = SCALE,
 ) -> str:
     """A whole Noisy Student experiment; stages that are in the store are reused. Returns the name of the run's record."""
     experiment = load_experiment(recipe, overrides, scale)

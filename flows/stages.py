@@ -1,4 +1,9 @@
-"""Each stage as a flow of its own: the same code as in the loop, for reruns and schedules of one stage."""
+"""Each stage as a flow of its own: the same code as in the loop, for reruns and schedules of one stage.
+
+Run from code: `select(recipe="digits", iteration=1)`; on the command line: `nst stage 1/select digits`.
+"""
+
+from collections.abc import Callable
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -6,19 +11,52 @@ from pydantic import Field
 
 from flows.driver import Rerun, execute_node, find_node, resolve_run
 from flows.experiment import load_experiment
-from flows.iteration import prefect_stage
+from flows.iteration import OVERRIDES, RECIPE, SCALE, STORE, prefect_stage
 from storage.objects import Store
 
+ITERATION = Field(1, title="Iteration", description="Which one; the teacher's and the selecting model's is 0", ge=0)
 
-@flow(name="noisy-student-stage", flow_run_name="{recipe} {stage}", persist_result=False)
-def single_stage(
-    stage: str = Field("prepare", title="Stage", description="prepare, report, or ITERATION/ROLE such as 2/select"),
-    recipe: str = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own"),
-    overrides: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30"),
-    store: str = Field("nst-store", title="Store", description="Root URL of the artifacts: file:///... or a folder"),
-    scale: str = Field("", title="Scale", description="A scale that the recipe offers, e.g. smoke; empty: in full"),
-) -> str:
-    """One stage of an experiment, its inputs being in the store. Returns the artifact's key."""
-    run = resolve_run(load_experiment(recipe, overrides, scale), recipe, Store(store), Rerun(), str(flow_run.id or ""))
-    run.store.check_writable()
-    return execute_node(run, find_node(run, stage), prefect_stage(run)).manifest.key
+
+def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
+    """The flow of one stage. Its inputs must be in the store; it returns the artifact's key."""
+
+    def run_stage_flow(
+        recipe: str = RECIPE,
+        iteration: int = ITERATION,
+        overrides: list[str] = OVERRIDES,
+        store: str = STORE,
+        scale: str = SCALE,
+    ) -> str:
+        name = role if role in ("prepare", "report") else f"{iteration}/{role}"
+        run = resolve_run(
+            load_experiment(recipe, overrides, scale), recipe, Store(store), Rerun(), str(flow_run.id or "")
+        )
+        run.store.check_writable()
+        return execute_node(run, find_node(run, name), prefect_stage(run)).manifest.key
+
+    run_stage_flow.__name__ = role
+    run_stage_flow.__doc__ = what
+    made: Callable[..., str] = flow(
+        name=f"noisy-student-{role}", flow_run_name="{recipe} " + role, description=what, persist_result=False
+    )(run_stage_flow)
+    return made
+
+
+prepare = _make_stage_flow("prepare", "Images of any source become shards with an index.")
+teacher = _make_stage_flow("teacher", "Train the teacher on the labeled images (iteration 0).")
+selector = _make_stage_flow("selector", "Train the selecting model (iteration 0, order=once).")
+label = _make_stage_flow("label", "A model labels the unlabeled images.")
+select = _make_stage_flow("select", "Filter by confidence, balance the classes, write shards.")
+student = _make_stage_flow("student", "Train a student on labeled and pseudo-labeled images.")
+evaluate = _make_stage_flow("evaluate", "Measure a model on validation and test images.")
+report = _make_stage_flow("report", "One HTML page on the whole run.")
+STAGE_FLOWS = {
+    "prepare": prepare,
+    "teacher": teacher,
+    "selector": selector,
+    "label": label,
+    "select": select,
+    "student": student,
+    "evaluate": evaluate,
+    "report": report,
+}

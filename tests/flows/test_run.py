@@ -160,6 +160,23 @@ def test_the_ephemeral_api_needs_no_server_and_a_bad_override_ends_before_it_sta
     assert printed.strip() == "error: override: unknown field student.epoch -> did you mean student.epochs?"
 
 
+def test_one_stage_runs_as_a_flow_of_its_own_and_names_the_inputs_that_are_missing(
+    finished_copy: Path, tmp_path: Path, prefect_server: str
+) -> None:
+    environment = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path / "prefect")}
+    line = [sys.executable, "-m", "flows.cli", "stage", "1/select", "digits", *TINY, "--store", str(finished_copy)]
+    run([*line, "select.images_per_class=50", "--prefect", "server"], **environment)
+    (flow_run,) = _post(f"{prefect_server}/flow_runs/filter", {})
+    assert (flow_run["name"], flow_run["state"]["name"]) == ("digits select", "Completed")
+    store = Store(str(finished_copy))
+    selection = get(store, "selection", resolve_ref(store, "digits/1/select").key)
+    assert set(selection.metrics["per_class"]["copies"]) <= {0, 50}
+    child = start([*line, "teacher.epochs=41", "--prefect", "off"])
+    printed = child.communicate(timeout=60)[0]
+    assert child.returncode == 2
+    assert "1/select needs 1/label, not made yet for this config" in printed
+
+
 def test_every_artifact_carries_what_is_needed_to_reproduce_it(finished: Path) -> None:
     for manifest in list_artifacts(Store(str(finished))):
         assert manifest.provenance["packages"]["torch"]
