@@ -68,11 +68,13 @@ def test_a_step_counts_as_one_batch_however_many_replicas_a_rank_has() -> None:
 
 def test_a_network_without_buffers_needs_nothing() -> None:
     model = nn.Linear(1, 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     buffers = ReplicaBuffers(model, replicas=2, world=1)
     buffers.start_step()
     buffers.start_replica()
     buffers.end_replica()
     buffers.end_step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_average_is_decay_times_old_plus_the_rest_times_new() -> None:
