@@ -91,9 +91,8 @@ def run(
     _print_results(store_root, name, as_json=False)
     report = _node_manifest(store_root, name, "report")
     if report is not None:
-        console.print(
-            f"report: {store_root.local_path(report.file('report.html').path)}", highlight=False, soft_wrap=True
-        )
+        place = store_root.location(report.file("report.html").path)
+        console.print(f"report: {place}", highlight=False, soft_wrap=True)
     console.print(f"again:  nst results {name} --store {store}", highlight=False)
 
 

@@ -1,12 +1,13 @@
 """Checkpoints of a training in the making: below the artifact's folder, under the attempt's id, named by content."""
 
-import hashlib
 import io
 from typing import Any
 
 import torch
 
 from storage.artifacts import attempts_folder
+from storage.errors import DamagedObject
+from storage.keys import file_sha256
 from storage.objects import Store
 
 KEPT_CHECKPOINTS = 2
@@ -17,25 +18,24 @@ def save_checkpoint(store: Store, key: str, attempt: str, step: int, state: dict
     with store.staging() as folder:
         local = folder / "checkpoint.pt"
         torch.save(state, local)
-        sha256 = hashlib.sha256(local.read_bytes()).hexdigest()
-        path = f"{_folder(key)}/{attempt}/step-{step:09d}-{sha256[:16]}.pt"
+        path = f"{_folder(key)}/{attempt}/step-{step:09d}-{file_sha256(local)}.pt"
         store.put_file(local, path)
     own = [p for p in list_checkpoints(store, key) if p.split("/")[-2] == attempt]
-    for old in own[KEPT_CHECKPOINTS:]:
-        store.delete(old)
+    store.delete(*own[KEPT_CHECKPOINTS:])
     return path
 
 
 def list_checkpoints(store: Store, key: str) -> list[str]:
     """The checkpoints of all attempts at this model, the most advanced first."""
-    paths = [path for path in store.list(_folder(key)) if path.endswith(".pt")]
+    paths = [path for path in store.paths(_folder(key)) if path.endswith(".pt")]
     return sorted(paths, key=lambda path: path.split("/")[-1], reverse=True)
 
 
 def load_checkpoint(store: Store, path: str) -> dict[str, Any] | None:
     """The checkpoint, tensors and plain values only; None where its bytes do not match its name."""
-    data = store.read_bytes(path)
-    if hashlib.sha256(data).hexdigest()[:16] != path.removesuffix(".pt").rsplit("-", 1)[1]:
+    try:
+        data = store.read_verified(path, path.removesuffix(".pt").rsplit("-", 1)[1])
+    except DamagedObject:
         return None
     state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     return state

@@ -44,8 +44,8 @@ class IndexedImages:
     def __init__(self, store: Store, manifest: Manifest, split: str) -> None:
         index = read_index(store, manifest, split)
         self.index = index
-        self._files = shard_files(manifest, split)
-        self.shard_rows = [entry.rows or 0 for entry in self._files]
+        self.files = shard_files(manifest, split)
+        self.shard_rows = [entry.rows or 0 for entry in self.files]
         shard = index["shard"].combine_chunks()
         shard = shard.chunk(0) if isinstance(shard, pa.ChunkedArray) else shard
         self._shards = shard.dictionary.to_pylist()
@@ -56,14 +56,14 @@ class IndexedImages:
         pixels = pc.sum(pc.multiply(index["width"].cast(pa.int64()), index["height"].cast(pa.int64()))).as_py() or 0
         self._decoded: dict[int, Any] | None = {} if pixels * 3 <= CACHE_BYTES else None
         self.labels = index["label"].to_numpy()
-        self._reader = ShardReader(store)
+        self._reader = ShardReader(store, self.files, whole=True)
 
     def __len__(self) -> int:
         return len(self._offset)
 
     def rows_of(self, shard_name: str, unique: bool = False) -> list[int]:
         """The rows of a shard by its logical name; with `unique`, only those that are an image's first copy."""
-        number = [entry.name for entry in self._files].index(shard_name)
+        number = [entry.name for entry in self.files].index(shard_name)
         start = sum(self.shard_rows[:number])
         rows = range(start, start + self.shard_rows[number])
         if not unique:
@@ -145,7 +145,7 @@ class PseudoLabels:
         if labels is not None:
             self._joined = _join_labels(store, images, labels)
             return
-        self._reader = ShardReader(store)
+        self._reader = ShardReader(store, images.files, whole=True)
         self._read: dict[int, np.ndarray] = {}
         self._offset = images.index["soft_offset"].to_numpy()
         self._bytes = images.index["soft_bytes"].to_numpy()

@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from storage.artifacts import Manifest
 from storage.objects import Store
-from storage.shards import read_table
+from storage.shards import read_tables
 
 
 def predictions_schema(num_classes: int) -> pa.Schema:
@@ -35,4 +35,4 @@ def predictions_table(keys: list[str], probabilities: np.ndarray) -> pa.Table:
 
 def read_predictions(store: Store, labels: Manifest) -> pa.Table:
     """All predictions of a label or evaluation artifact, in the order of its shards."""
-    return pa.concat_tables([read_table(store, entry) for entry in labels.files_under("predictions/")])
+    return pa.concat_tables(read_tables(store, labels.files_under("predictions/")))

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,10 @@ def load_folder(folder: Path) -> nn.Module:
 
 def materialize(store: Store, model: Manifest, folder: Path) -> None:
     """Lay the files of a model artifact into `folder` under the names that timm expects. Checks each sha256."""
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        (folder / name).write_bytes(store.read_verified(model.file(name).path, model.file(name).sha256))
+    names = (WEIGHTS_FILE, CONFIG_FILE)
+    with store.local_copies([model.file(name) for name in names]) as copies:
+        for name, copy in zip(names, copies, strict=True):
+            shutil.copyfile(copy, folder / name)
 
 
 def inspect_models(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:

@@ -13,18 +13,20 @@ Readers see an artifact whole or not at all. A part's key is a digest of what it
 artifact's), so a data set that grows keeps the parts that did not change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from storage.errors import StoreError
-from storage.keys import KEY_HEX, Config, canonical_json, digest, file_sha256
-from storage.objects import Store
+from storage.errors import MissingObject, StoreError
+from storage.keys import KEY_HEX, Config, digest, file_sha256
+from storage.objects import TRANSFERS, Store
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: records carry a seal
 NAME_DIGEST_HEX = 16
+FEW_PARTS = 32  # more are looked for by listing all parts of their stage
 
 
 class FileEntry(Config):
@@ -83,21 +85,20 @@ def artifact_folder(kind: str, key: str) -> str:
     return f"artifacts/{kind}/{key}"
 
 
+def manifest_path(kind: str, key: str) -> str:
+    """Where an artifact's manifest lies."""
+    return f"{artifact_folder(kind, key)}/manifest.json"
+
+
 def find(store: Store, kind: str, key: str) -> Manifest | None:
     """The committed artifact, or None. Raises StoreError on a manifest that was damaged or made by a newer version."""
-    path = f"{artifact_folder(kind, key)}/manifest.json"
-    if not store.exists(path):
-        return None
-    raw = store.read_json(path)
-    version = raw.get("schema_version", 0) if isinstance(raw, dict) else 0
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise StoreError(f"{path} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it")
+    path = manifest_path(kind, key)
     try:
-        manifest = Manifest.model_validate(raw)
-    except ValidationError as error:
-        raise StoreError(f"{path} is damaged ({error.errors()[0]['msg']}); delete it and run again") from None
+        manifest = _versioned(path, store.read_record(path))
+    except MissingObject:
+        return None
     if (manifest.kind, manifest.key) != (kind, key):
-        raise StoreError(f"{path} names {manifest.kind} {manifest.key}; was it edited or copied by hand?")
+        raise StoreError(f"{path} names {manifest.kind} {manifest.key}; was it copied by hand?")
     return manifest
 
 
@@ -115,17 +116,26 @@ def commit(store: Store, manifest: Manifest) -> Manifest:
     Checks first that each file is there with its size. Where another attempt committed first, that one is returned:
     both attempts end with the same whole artifact.
     """
-    for entry in manifest.files:
-        local = store.local_path(entry.path)
-        if not local.is_file() or local.stat().st_size != entry.bytes:
-            raise StoreError(f"{entry.path} is missing or has another size than {entry.bytes} bytes; not committed")
+    check_files(store, manifest.files)
     names = [entry.name for entry in manifest.files]
     if len(set(names)) != len(names):
         raise StoreError(f"{manifest.kind} {manifest.key}: two files have one name; not committed")
-    path = f"{artifact_folder(manifest.kind, manifest.key)}/manifest.json"
-    if store.create(path, manifest.model_dump_json(indent=1).encode()):
+    if store.create_record(manifest_path(manifest.kind, manifest.key), manifest):
         return manifest
     return get(store, manifest.kind, manifest.key)
+
+
+def check_files(store: Store, files: Sequence[FileEntry]) -> None:
+    """Raise StoreError where a file is missing or has another size. Reads no file."""
+    sizes = store.sizes([entry.path for entry in files])
+    for entry in files:
+        if sizes.get(entry.path) != entry.bytes:
+            found = (
+                f"has {sizes[entry.path]:,} bytes instead of {entry.bytes:,}" if entry.path in sizes else "is missing"
+            )
+            raise StoreError(
+                f"{store.url}: {entry.path} {found}; `nst verify --all --discard` clears what is broken, then run again"
+            )
 
 
 def publish_file(store: Store, folder: str, name: str, local: Path, rows: int | None = None) -> FileEntry:
@@ -147,17 +157,27 @@ def part_folder(stage: str, key: str) -> str:
 
 def find_part(store: Store, stage: str, key: str, numerics: dict[str, Any]) -> Part | None:
     """The finished part with these numerics, its files all in place; None where it has to be made (again)."""
-    path = _marker(stage, key, numerics)
-    if not store.exists(path):
-        return None
-    part = store.read_as(path, Part)
-    for entry in part.files:
-        local = store.local_path(entry.path)
-        if not local.is_file() or local.stat().st_size != entry.bytes:
-            raise StoreError(
-                f"{entry.path} is missing or has another size than {entry.bytes} bytes; delete {path} and run again"
-            )
-    return part
+    return find_parts(store, stage, [key], numerics)[key]
+
+
+def find_parts(store: Store, stage: str, keys: Sequence[str], numerics: dict[str, Any]) -> dict[str, Part | None]:
+    """The finished parts of some keys. Many are found by one listing and read side by side, not one by one.
+
+    Raises StoreError where a part's file is missing or has another size.
+    """
+    markers = {key: _marker(stage, key, numerics) for key in keys}
+    folders = [part_folder(stage, key) for key in markers] if len(markers) <= FEW_PARTS else [f"parts/{stage}"]
+    sizes = {info.path: info.bytes for folder in folders for info in store.infos(folder)}
+    done = {key: path for key, path in markers.items() if path in sizes}
+    parts = dict(zip(done, store.read_all_as(list(done.values()), Part), strict=True))
+    for key, part in parts.items():
+        for entry in part.files:
+            if sizes.get(entry.path) != entry.bytes:
+                raise StoreError(
+                    f"{store.url}: {entry.path} is missing or has another size than {entry.bytes:,} bytes; "
+                    f"delete {markers[key]} and run again"
+                )
+    return {key: parts.get(key) for key in keys}
 
 
 def publish_part(
@@ -172,12 +192,13 @@ def publish_part(
 
     Returns the part that stands: this one, or the one of an attempt that was first.
     """
-    entries = tuple(
-        publish_file(store, part_folder(stage, key), name, local, rows) for name, (local, rows) in files.items()
-    )
+    folder = part_folder(stage, key)
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        made = [pool.submit(publish_file, store, folder, name, *place) for name, place in files.items()]
+        entries = tuple(entry.result() for entry in made)
     part = Part(stage=stage, key=key, numerics=numerics, files=entries, facts=facts or {})
     path = _marker(stage, key, numerics)
-    if store.create(path, part.model_dump_json(indent=1).encode()):
+    if store.create_record(path, part):
         return part
     return store.read_as(path, Part)
 
@@ -185,10 +206,9 @@ def publish_part(
 def agree_numerics(store: Store, kind: str, key: str, probed: dict[str, Any]) -> dict[str, Any]:
     """Publish what was probed for an artifact in the making, or take what an earlier attempt published."""
     path = f"{artifact_folder(kind, key)}/numerics.json"
-    if store.create(path, canonical_json(probed)):
+    if store.create_record(path, probed):
         return probed
-    agreed: dict[str, Any] = store.read_json(path)
-    return agreed
+    return store.read_record(path)
 
 
 def attempts_folder(kind: str, key: str) -> str:
@@ -198,14 +218,23 @@ def attempts_folder(kind: str, key: str) -> str:
 
 def discard_attempt(store: Store, kind: str, key: str, attempt: str) -> None:
     """Delete what an attempt kept for a resume, after its artifact was committed."""
-    for path in store.list(f"{attempts_folder(kind, key)}/{attempt}"):
-        store.delete(path)
+    store.delete(*store.paths(f"{attempts_folder(kind, key)}/{attempt}"))
 
 
 def list_artifacts(store: Store) -> list[Manifest]:
     """Every committed artifact, in the order of kind and key."""
-    paths = [p for p in store.list("artifacts") if p.endswith("/manifest.json")]
-    return [get(store, *path.split("/")[1:3]) for path in paths]
+    paths = [p for p in store.paths("artifacts") if p.endswith("/manifest.json")]
+    return [_versioned(path, record) for path, record in zip(paths, store.read_all_records(paths), strict=True)]
+
+
+def _versioned(path: str, record: dict[str, Any]) -> Manifest:
+    version = record.get("schema_version", 0)
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise StoreError(f"{path} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it")
+    try:
+        return Manifest.model_validate(record)
+    except ValidationError as error:
+        raise StoreError(f"{path} is no manifest ({error.errors()[0]['msg']}); delete it and run again") from None
 
 
 def _marker(stage: str, key: str, numerics: dict[str, Any]) -> str:

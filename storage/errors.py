@@ -7,3 +7,11 @@ class UserError(Exception):
 
 class StoreError(UserError):
     """The store cannot be read or written, or holds something that contradicts itself."""
+
+
+class MissingObject(StoreError):
+    """An object that should be there is not."""
+
+
+class DamagedObject(StoreError):
+    """An object's bytes are not those that were written."""

@@ -6,7 +6,7 @@ Both are numbered files made by create-if-absent, so that history comes for free
 from typing import Any
 
 from storage.errors import UserError
-from storage.keys import Config, canonical_json
+from storage.keys import Config
 from storage.objects import Store
 
 
@@ -50,13 +50,13 @@ class RunRecord(Config):
 
 
 def _numbers(store: Store, folder: str) -> list[int]:
-    stems = [path.rsplit("/", 1)[1].removesuffix(".json") for path in store.list(folder) if path.endswith(".json")]
+    stems = [path.rsplit("/", 1)[1].removesuffix(".json") for path in store.paths(folder) if path.endswith(".json")]
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
 def list_experiments(store: Store) -> list[str]:
     """The names of all experiments with a run in the store."""
-    return sorted({path.split("/")[1] for path in store.list("runs")})
+    return sorted({path.split("/")[1] for path in store.paths("runs")})
 
 
 def latest_run(store: Store, experiment: str) -> RunRecord | None:
@@ -86,7 +86,7 @@ def record_run(store: Store, draft: RunRecord) -> RunRecord:
     number = latest.number + 1 if latest else 1
     while True:
         record = draft.model_copy(update={"number": number})
-        if store.create(f"runs/{draft.experiment}/{number}.json", record.model_dump_json(indent=1).encode()):
+        if store.create_record(f"runs/{draft.experiment}/{number}.json", record):
             return record
         number += 1
 
@@ -99,14 +99,18 @@ class Ref(Config):
 
 
 def set_ref(store: Store, name: str, kind: str, key: str) -> None:
-    """Point a name such as `cifar10/2/student` at an artifact. Earlier targets stay readable as history."""
+    """Point a name such as `cifar10/2/student` at an artifact. Earlier targets stay readable as history.
+
+    A move is a compare-and-swap: number n + 1 is created only if nobody else did since n was read, else read again.
+    """
     target = Ref(kind=kind, key=key)
-    numbers = _numbers_of_ref(store, name)
-    number = numbers[-1] + 1 if numbers else 1
-    if numbers and store.read_as(f"refs/{name}/@{numbers[-1]}.json", Ref) == target:
-        return
-    while not store.create(f"refs/{name}/@{number}.json", canonical_json(target.model_dump())):
-        number += 1
+    while True:
+        numbers = _numbers_of_ref(store, name)
+        newest = numbers[-1] if numbers else 0
+        if numbers and store.read_as(f"refs/{name}/@{newest}.json", Ref) == target:
+            return
+        if store.create_record(f"refs/{name}/@{newest + 1}.json", target):
+            return
 
 
 def resolve_ref(store: Store, name: str) -> Ref:
@@ -115,7 +119,7 @@ def resolve_ref(store: Store, name: str) -> Ref:
     numbers = _numbers_of_ref(store, base)
     wanted = int(number) if number.isdecimal() else (numbers[-1] if numbers and not number else 0)
     if wanted not in numbers:
-        known = sorted({path.removeprefix("refs/").rsplit("/", 1)[0] for path in store.list("refs")})
+        known = sorted({path.removeprefix("refs/").rsplit("/", 1)[0] for path in store.paths("refs")})
         raise UserError(f"no ref {name!r} in {store.url}; refs there: {', '.join(known) or 'none'}")
     return store.read_as(f"refs/{base}/@{wanted}.json", Ref)
 
@@ -124,7 +128,7 @@ def _numbers_of_ref(store: Store, name: str) -> list[int]:
     prefix = f"refs/{name}/@"
     stems = [
         path.removeprefix(prefix).removesuffix(".json")
-        for path in store.list(f"refs/{name}")
+        for path in store.paths(f"refs/{name}")
         if path.startswith(prefix)
     ]
     return sorted(int(stem) for stem in stems if stem.isdecimal())

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.artifacts import FileEntry, Manifest
-from storage.errors import StoreError
-from storage.objects import Store
+from storage.errors import DamagedObject, StoreError
+from storage.objects import READ_ATTEMPTS, Store
 
 ROW_GROUP_ROWS = 65_536
 OPEN_SHARDS = 64
@@ -71,38 +71,53 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 
 class ShardReader:
-    """Random reads of image bytes from the tars of artifacts. Not for sharing between threads' forks: make one a process.
+    """Random reads of samples from the tars of artifacts, each verified. Make one a process.
 
-    Keeps at most `OPEN_SHARDS` files open.
+    A bucket's tars are read from this machine's cache (`whole`), or by ranges: for a few samples of many tars, or where
+    the tars would fill the cache. Left out, `whole` is chosen by size. Keeps at most `OPEN_SHARDS` files open.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, shards: Iterable[FileEntry], whole: bool | None = None) -> None:
         self._store = store
+        self._shards = {shard.path: shard for shard in shards}
+        total = sum(shard.bytes for shard in self._shards.values())
+        self._whole = store.fits_local(total) if whole is None else whole or store.fits_local(0)
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, path: str, offset: int, size: int, sha256: str = "") -> bytes:
-        """The `size` bytes at `offset` of the object at `path`; with `sha256`, verified.
+    def read(self, path: str, offset: int, size: int, sha256: str) -> bytes:
+        """The `size` bytes at `offset` of the tar at `path`, with that sha256.
 
-        Raises StoreError naming the shard where it is missing, short or altered.
+        A bad copy in the cache is fetched again. Raises StoreError naming the tar where it is missing, short or altered.
         """
-        handle = self._open.pop(path, None)
-        if handle is None:
-            try:
-                handle = os.open(self._store.local_path(path), os.O_RDONLY)
-            except OSError as error:
-                raise StoreError(f"shard {path} cannot be read ({error.strerror})") from error
-        self._open[path] = handle
-        if len(self._open) > OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-        data = os.pread(handle, size, offset)
-        if len(data) != size or (sha256 and hashlib.sha256(data).hexdigest() != sha256):
-            raise StoreError(f"shard {path} is damaged: the {size} bytes at {offset} are not what its index says")
-        return data
+        for _ in range(READ_ATTEMPTS):
+            data = self._read(path, offset, size)
+            if len(data) == size and hashlib.sha256(data).hexdigest() == sha256:
+                return data
+            self._close(path)
+            if self._whole and not self._store.forget_local(self._shards[path]):
+                break
+        raise DamagedObject(f"shard {path} is damaged: the {size} bytes at {offset} are not what its index says")
 
     def close(self) -> None:
         """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        for path in list(self._open):
+            self._close(path)
+
+    def _read(self, path: str, offset: int, size: int) -> bytes:
+        if not self._whole:
+            return self._store.read_range(path, offset, size)
+        handle = self._open.pop(path, None)
+        if handle is None:
+            handle = self._store.open_local(self._shards[path])
+        self._open[path] = handle
+        if len(self._open) > OPEN_SHARDS:
+            self._close(next(iter(self._open)))
+        return os.pread(handle, size, offset)
+
+    def _close(self, path: str) -> None:
+        handle = self._open.pop(path, None)
+        if handle is not None:
+            os.close(handle)
 
 
 def shard_files(manifest: Manifest, split: str) -> tuple[FileEntry, ...]:
@@ -120,9 +135,10 @@ def index_name(shard: FileEntry) -> str:
 
 def read_index(store: Store, manifest: Manifest, split: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The index of a split: its tars' indices in order, with a column `shard` (dictionary of object paths) added."""
+    shards = shard_files(manifest, split)
     tables = []
-    for shard in shard_files(manifest, split):
-        table = read_table(store, manifest.file(index_name(shard)), columns)
+    found = read_tables(store, [manifest.file(index_name(shard)) for shard in shards], columns)
+    for shard, table in zip(shards, found, strict=True):
         paths = pa.array([shard.path]).dictionary_encode()
         column = pa.DictionaryArray.from_arrays(pa.array([0] * table.num_rows, pa.int32()), paths.dictionary)
         tables.append(table.append_column("shard", column))
@@ -130,11 +146,20 @@ def read_index(store: Store, manifest: Manifest, split: str, columns: Sequence[s
 
 
 def read_table(store: Store, entry: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file of an artifact. Raises StoreError naming it where it is missing or damaged."""
-    try:
-        return pq.read_table(store.local_path(entry.path), columns=list(columns) if columns else None)
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{entry.path} cannot be read as Parquet ({error})") from error
+    """A Parquet file of an artifact, verified. Raises StoreError naming it where it is missing or damaged."""
+    return read_tables(store, [entry], columns)[0]
+
+
+def read_tables(store: Store, entries: Sequence[FileEntry], columns: Sequence[str] | None = None) -> list[pa.Table]:
+    """Parquet files of artifacts, verified, in their order; those of a bucket are fetched side by side."""
+    tables = []
+    with store.local_copies(entries) as paths:
+        for entry, path in zip(entries, paths, strict=True):
+            try:
+                tables.append(pq.read_table(path, columns=list(columns) if columns else None, partitioning=None))
+            except (OSError, pa.ArrowException) as error:
+                raise StoreError(f"{entry.path} cannot be read as Parquet ({error})") from error
+    return tables
 
 
 def npy_bytes(array: Any) -> bytes:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
 from storage.keys import Config
-from storage.shards import read_index, read_table, write_parquet
+from storage.shards import read_index, read_tables, write_parquet
 from tasks.contract import StageContext, StageResult
 from tasks.label import predict
 
@@ -63,6 +63,6 @@ def accuracy(labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarra
 
 
 def _read(context: StageContext, files: tuple[FileEntry, ...], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    table = pa.concat_tables([read_table(context.store, entry, ["label", "probabilities"]) for entry in files])
+    table = pa.concat_tables(read_tables(context.store, files, ["label", "probabilities"]))
     flat = table["probabilities"].combine_chunks().flatten()
     return np.asarray(flat).reshape(-1, num_classes), table["label"].to_numpy()

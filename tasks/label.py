@@ -7,10 +7,10 @@ import numpy as np
 
 from models.compute import group_shards
 from models.numerics import chosen_numerics, part_numerics
-from storage.artifacts import FileEntry, Manifest, agree_numerics, find_part
+from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, find_parts
 from storage.errors import StoreError, UserError
 from storage.keys import Config, digest
-from storage.shards import read_table, shard_files
+from storage.shards import read_tables, shard_files
 from tasks.contract import StageContext, StageResult
 
 VERSION = 1
@@ -51,7 +51,8 @@ def predict(
     numerics = part_numerics(_numerics(context, kind))
     shards = [(split, shard) for split in splits for shard in shard_files(source, split)]
     keys = {shard.name: _part_key(model, shard, unique) for _, shard in shards}
-    missing = [(s, f) for s, f in shards if find_part(context.store, PREDICT, keys[f.name], numerics) is None]
+    found = find_parts(context.store, PREDICT, list(keys.values()), numerics)
+    missing = [(split, shard) for split, shard in shards if found[keys[shard.name]] is None]
     sizes = [shard.rows or 0 for _, shard in missing]
     specs = [
         {
@@ -67,16 +68,15 @@ def predict(
         for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
     context.engine.map("models.inference:label_shards", specs, context.progress_of(sum(sizes)))
+    if missing:
+        found = find_parts(context.store, PREDICT, list(keys.values()), numerics)
     own = {split: [keys[shard.name] for of, shard in shards if of == split] for split in splits}
-    return {split: _named_parts(context, split, own[split], numerics) for split in splits}
+    return {split: _named_parts(split, [(key, found[key]) for key in own[split]]) for split in splits}
 
 
-def _named_parts(
-    context: StageContext, split: str, keys: Sequence[str], numerics: dict[str, Any]
-) -> tuple[FileEntry, ...]:
+def _named_parts(split: str, parts: Sequence[tuple[str, Part | None]]) -> tuple[FileEntry, ...]:
     files = []
-    for number, key in enumerate(keys):
-        part = find_part(context.store, PREDICT, key, numerics)
+    for number, (key, part) in enumerate(parts):
         if part is None:
             raise StoreError(f"part {key} of the predictions vanished while they were made; run again")
         files.append(part.files[0].model_copy(update={"name": f"predictions/{split}/{number:05d}.parquet"}))
@@ -108,5 +108,5 @@ def _numerics(context: StageContext, kind: str) -> dict[str, Any]:
 
 
 def _columns(context: StageContext, files: tuple[FileEntry, ...]) -> tuple[np.ndarray, np.ndarray]:
-    tables = [read_table(context.store, entry, ["confidence", "label"]) for entry in files]
+    tables = read_tables(context.store, files, ["confidence", "label"])
     return tuple(np.concatenate([t[c].to_numpy() for t in tables]) for c in ("confidence", "label"))  # type: ignore[return-value]

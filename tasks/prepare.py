@@ -12,12 +12,12 @@ from pydantic import Field
 
 from models.compute import group_shards
 from models.worker import Stopped, Worker
-from storage.artifacts import FileEntry, Manifest, Part, find_part, publish_part
+from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, publish_part
 from storage.errors import UserError
 from storage.images import ImageError, decode_rgb, image_extension
 from storage.keys import Config, digest
 from storage.objects import Store
-from storage.shards import INDEX_SCHEMA, ShardSample, index_name, read_table, write_parquet, write_tar
+from storage.shards import INDEX_SCHEMA, ShardSample, index_name, read_tables, write_parquet, write_tar
 from tasks.contract import StageContext, StageResult
 from tasks.sources import SPLITS, Source, SourceFile
 from tasks.sources.digits import DigitsConfig, DigitsSource
@@ -190,7 +190,9 @@ def _plan(split: str, files: Sequence[SourceFile], rows: Sequence[tuple[int, int
 
 def _make_shards(context: StageContext, config: PrepareConfig, plans: list[ShardPlan]) -> list[Part]:
     """Make the missing shards in child processes, then read all parts."""
-    missing = [p for p in plans if find_part(context.store, "prepare", p.part_key(), NO_NUMERICS) is None]
+    keys = [plan.part_key() for plan in plans]
+    found = find_parts(context.store, "prepare", keys, NO_NUMERICS)
+    missing = [plan for plan, key in zip(plans, keys, strict=True) if found[key] is None]
     groups = group_shards([plan.num_images for plan in missing], context.engine.processes, context.compute)
     specs = [
         {
@@ -201,8 +203,9 @@ def _make_shards(context: StageContext, config: PrepareConfig, plans: list[Shard
         for group in groups
     ]
     context.engine.map("tasks.prepare:write_shards", specs, context.progress_of(sum(p.num_images for p in missing)))
-    parts = [find_part(context.store, "prepare", plan.part_key(), NO_NUMERICS) for plan in plans]
-    return [part for part in parts if part is not None]
+    if missing:
+        found = find_parts(context.store, "prepare", keys, NO_NUMERICS)
+    return [part for key in keys if (part := found[key]) is not None]
 
 
 def _write_shard(store: Store, plan: ShardPlan, source: Source, labels: dict[str, np.ndarray]) -> None:
@@ -290,7 +293,7 @@ def _collect(
 
 def _labeled_per_class(store: Store, entries: Sequence[FileEntry], num_classes: int) -> list[int]:
     own = [entry for entry in entries if entry.name.startswith("index/labeled/")]
-    labels = np.concatenate([read_table(store, entry, ["label"])["label"].to_numpy() for entry in own])
+    labels = np.concatenate([table["label"].to_numpy() for table in read_tables(store, own, ["label"])])
     return [int(count) for count in np.bincount(labels, minlength=num_classes)]
 
 

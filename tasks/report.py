@@ -130,13 +130,14 @@ def locate_images(store: Store, data: Manifest, keys: Sequence[str]) -> dict[str
     import duckdb
 
     shards = shard_files(data, "unlabeled")
-    paths = {str(store.local_path(data.file(index_name(shard)).path)): shard.path for shard in shards}
     query = """
-        SELECT key, filename, "offset", bytes, sha256, source FROM read_parquet($files, filename = true)
-        WHERE key IN (SELECT unnest($keys))
+        SELECT key, filename, "offset", bytes, sha256, source
+        FROM read_parquet($files, filename = true, hive_partitioning = false) WHERE key IN (SELECT unnest($keys))
     """
-    with duckdb.connect() as connection:
-        found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()
+    with store.local_copies([data.file(index_name(shard)) for shard in shards]) as copies:
+        paths = {str(copy): shard.path for copy, shard in zip(copies, shards, strict=True)}
+        with duckdb.connect() as connection:
+            found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()
     names = ("offset", "bytes", "sha256", "source")
     return {key: {"shard": paths[file], **dict(zip(names, rest, strict=True))} for key, file, *rest in found}
 
@@ -309,14 +310,14 @@ def _balance(selection: Manifest, settings: SelectConfig) -> dict[str, str]:
 
 def _grids(store: Store, config: ReportConfig, data: Manifest, selection: Manifest) -> list[Row]:
     """The shown images of both fates. Keys are picked first; only their bytes are read, one image at a time."""
-    decisions = store.local_path(selection.file("decisions.parquet").path)
     names, kept = selection.metrics["class_names"], selection.metrics["per_class"]["kept"]
     classes = [number for number, count in enumerate(kept) if count]
-    picked = {
-        fate: pick_decisions(decisions, fate == "kept", classes, config.grid_images) for fate in ("kept", "dropped")
-    }
+    with store.local_copy(selection.file("decisions.parquet")) as decisions:
+        picked = {
+            fate: pick_decisions(decisions, fate == "kept", classes, config.grid_images) for fate in ("kept", "dropped")
+        }
     places = locate_images(store, data, [row["key"] for rows in picked.values() for row in rows])
-    reader, grids = ShardReader(store), []
+    reader, grids = ShardReader(store, shard_files(data, "unlabeled")), []
     try:
         for fate, rows in picked.items():
             tiles = [_tile(reader, row, places[row["key"]], names[row["label"]]) for row in rows]

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from models.compute import group_shards
 from models.worker import Stopped, Worker
-from storage.artifacts import FileEntry, Manifest, Part, find_part, get, publish_part
+from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, get, publish_part
 from storage.errors import StoreError, UserError
 from storage.images import image_extension
 from storage.keys import Config, digest
@@ -73,7 +73,8 @@ def select(context: StageContext, config: SelectConfig, inputs: dict[str, Manife
     layout = plan.file("layout.parquet")
     num_shards = -(-(layout.rows or 0) // config.shard_images)
     keys = [digest({"version": VERSION, "selection": context.key, "shard": n}) for n in range(num_shards)]
-    missing = [n for n in range(num_shards) if find_part(context.store, "select", keys[n], NO_NUMERICS) is None]
+    done = find_parts(context.store, "select", keys, NO_NUMERICS)
+    missing = [n for n in range(num_shards) if done[keys[n]] is None]
     sizes = [min(config.shard_images, (layout.rows or 0) - n * config.shard_images) for n in missing]
     specs = [
         {
@@ -81,14 +82,14 @@ def select(context: StageContext, config: SelectConfig, inputs: dict[str, Manife
             "config": config.model_dump(mode="json"),
             "layout": layout.model_dump(),
             "labels": labels.key,
+            "data": data.key,
             "parts": {str(missing[place]): keys[missing[place]] for place in group},
         }
         for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
     context.engine.map("tasks.select:write_shards", specs, context.progress_of(layout.rows or 0))
     files = [plan.file("decisions.parquet")]
-    for number, key in enumerate(keys):
-        part = find_part(context.store, "select", key, NO_NUMERICS)
+    for number, part in enumerate(find_parts(context.store, "select", keys, NO_NUMERICS).values()):
         if part is not None:
             shard = part.file("shard.tar").model_copy(update={"name": f"shards/train/{number:05d}.tar"})
             files += [shard, part.file("index.parquet").model_copy(update={"name": index_name(shard)})]
@@ -163,7 +164,7 @@ def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     store, config = Store(spec["store"]), SelectConfig.model_validate(spec["config"])
     layout = FileEntry.model_validate(spec["layout"])
     labels = get(store, "labels", spec["labels"])
-    reader, done = ShardReader(store), 0
+    reader, done = ShardReader(store, shard_files(get(store, "dataset", spec["data"]), "unlabeled")), 0
     total = len(spec["parts"]) * config.shard_images
     for number, part_key in spec["parts"].items():
         if worker.stop_requested:
@@ -191,10 +192,13 @@ def _plan_part(context: StageContext, config: SelectConfig, data: Manifest, labe
     existing = find_part(store, "select", key, NO_NUMERICS)
     if existing is not None:
         return existing
-    predictions = [store.local_path(entry.path) for entry in labels.files_under("predictions/")]
     shards = shard_files(data, "unlabeled")
-    indices = [(shard.path, store.local_path(data.file(index_name(shard)).path)) for shard in shards]
-    with store.staging() as folder:
+    with (
+        store.staging() as folder,
+        store.local_copies(labels.files_under("predictions/")) as predictions,
+        store.local_copies([data.file(index_name(shard)) for shard in shards]) as copies,
+    ):
+        indices = [(shard.path, copy) for shard, copy in zip(shards, copies, strict=True)]
         decisions, layout = folder / "decisions.parquet", folder / "layout.parquet"
         num_decisions = _write_batches(decisions, decide(predictions, config))
         facts = _summary(decisions, config, labels.metrics["class_names"])
@@ -245,9 +249,10 @@ def _summary(decisions: Path, config: SelectConfig, class_names: list[str]) -> d
 def _layout_rows(store: Store, layout: FileEntry, number: int, shard_images: int) -> list[dict[str, Any]]:
     """The layout's rows of one output shard; reads only the row groups that hold them."""
     first, last = number * shard_images, (number + 1) * shard_images
-    reader = pq.ParquetFile(store.local_path(layout.path))
-    groups = range(first // ROW_GROUP_ROWS, min(reader.num_row_groups, -(-last // ROW_GROUP_ROWS)))
-    table = reader.read_row_groups(list(groups)).slice(first - groups.start * ROW_GROUP_ROWS, shard_images)
+    with store.local_copy(layout) as path:
+        reader = pq.ParquetFile(path)
+        groups = range(first // ROW_GROUP_ROWS, min(reader.num_row_groups, -(-last // ROW_GROUP_ROWS)))
+        table = reader.read_row_groups(list(groups)).slice(first - groups.start * ROW_GROUP_ROWS, shard_images)
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 

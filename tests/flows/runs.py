@@ -91,7 +91,7 @@ def wait_for_output(child: "subprocess.Popen[str]", text: str) -> list[psutil.Pr
 
 def count(store: Path, prefix: str, suffix: str = "") -> int:
     """How many objects lie below a prefix of a store that may not exist yet."""
-    return sum(path.endswith(suffix) for path in Store(str(store)).list(prefix)) if store.exists() else 0
+    return sum(path.endswith(suffix) for path in Store(str(store)).paths(prefix)) if store.exists() else 0
 
 
 def contents(store: Path) -> dict[str, dict[str, str]]:

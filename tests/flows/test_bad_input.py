@@ -105,7 +105,7 @@ def test_a_run_that_was_refused_leaves_no_artifact_but_those_that_are_whole(tmp_
     project = Project(tmp_path)
     with pytest.raises(UserError):
         run_until_training(project, "train.labeled_batch=32")
-    manifests = [path for path in project.store.list("artifacts") if path.endswith("manifest.json")]
+    manifests = [path for path in project.store.paths("artifacts") if path.endswith("manifest.json")]
     assert len(manifests) == 1
     assert manifests[0].startswith("artifacts/dataset/")
     assert list_experiments(project.store) == ["tiny"]

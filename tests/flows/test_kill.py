@@ -12,9 +12,9 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_o
     store = tmp_path / "store with spaces"
     line = command(store)
     kill_when(line, lambda: count(store, "parts/prepare", ".json") >= 2)
-    prepared = set(Store(str(store)).list("parts/prepare"))
+    prepared = set(Store(str(store)).paths("parts/prepare"))
     kill_when(line, lambda: count(store, "artifacts/model", ".pt") >= 1)  # teacher
-    assert prepared <= set(Store(str(store)).list("parts/prepare")), "finished shards were made again"
+    assert prepared <= set(Store(str(store)).paths("parts/prepare")), "finished shards were made again"
     checkpoints = count(store, "artifacts/model", ".pt")
     assert checkpoints >= 1
     kill_when(line, lambda: count(store, "parts/predict", ".json") >= 1)  # evaluation of the teacher
@@ -51,5 +51,5 @@ def test_a_terminated_training_writes_a_checkpoint_and_leaves_no_process(finishe
 def _student_checkpoints(store: Path) -> int:
     """Checkpoints of models that are not committed."""
     opened = Store(str(store))
-    paths = [p for p in opened.list("artifacts/model") if p.endswith(".pt")]
+    paths = [p for p in opened.paths("artifacts/model") if p.endswith(".pt")]
     return sum(not opened.exists("/".join(p.split("/")[:3]) + "/manifest.json") for p in paths)

@@ -25,10 +25,10 @@ def nst(*arguments: str) -> str:
 
 
 def test_a_finished_run_reuses_every_artifact_and_changes_nothing(finished: Path) -> None:
-    before = Store(str(finished)).list("")
+    before = Store(str(finished)).paths("")
     output = run(command(finished))
     assert output.count(": reused") == 8, output
-    assert Store(str(finished)).list("") == before
+    assert Store(str(finished)).paths("") == before
 
 
 def test_results_gives_one_record_a_model(finished: Path) -> None:
@@ -85,14 +85,14 @@ def test_two_runs_at_once_end_with_the_artifacts_of_one(finished: Path, tmp_path
 
 
 def test_plan_names_the_changed_field_and_does_nothing(finished: Path) -> None:
-    before = Store(str(finished)).list("")
+    before = Store(str(finished)).paths("")
     overrides = [*TINY, "select.min_confidence=0.2"]
     rows = json.loads(nst("plan", "digits", *overrides, "--store", str(finished), "--json"))
     by_name = {row["name"]: row for row in rows}
     assert by_name["1/label"]["status"] == "reused"
     assert by_name["1/select"]["reasons"] == ["select.min_confidence: 0.0 -> 0.2"]
     assert by_name["1/student"]["reasons"] == ["input 1/select is new"]
-    assert Store(str(finished)).list("") == before
+    assert Store(str(finished)).paths("") == before
 
 
 def test_an_exported_model_is_loaded_by_timm_alone(finished: Path, tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 import hashlib
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,8 @@ from storage.artifacts import (
     publish_part,
 )
 from storage.errors import StoreError
-from storage.objects import Store
+from storage.objects import Store, sealed, unsealed
+from tests.storage.conftest import overwrite
 
 FLOAT, HALF = {"dtype": "float32"}, {"dtype": "bfloat16"}
 
@@ -107,15 +107,15 @@ def test_concurrent_commits_end_with_one_manifest_that_all_callers_get(store: St
 def test_commit_refuses_a_missing_file(store: Store) -> None:
     entry = publish(store, "k1", "a.bin", b"data")
     store.delete(entry.path)
-    with pytest.raises(StoreError, match=f"{entry.path} is missing.*not committed"):
+    with pytest.raises(StoreError, match=f"{entry.path} is missing"):
         commit(store, manifest("k1", entry))
     assert find(store, "dataset", "k1") is None
 
 
 def test_commit_refuses_a_short_file(store: Store) -> None:
     entry = publish(store, "k1", "a.bin", b"data")
-    store.local_path(entry.path).write_bytes(b"dat")
-    with pytest.raises(StoreError, match=f"{entry.path}.*another size than 4 bytes"):
+    overwrite(store, entry.path, b"dat")
+    with pytest.raises(StoreError, match=f"{entry.path} has 3 bytes instead of 4"):
         commit(store, manifest("k1", entry))
     assert find(store, "dataset", "k1") is None
 
@@ -134,30 +134,36 @@ def test_files_of_one_name_and_other_bytes_never_overwrite_each_other(store: Sto
     assert publish(store, "k1", "a.bin", b"one") == first
 
 
+def resealed(**changes: Any) -> Any:
+    """A change of fields under a seal that fits: what another version of the program would write."""
+    return lambda data: sealed({**unsealed(data), **changes})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[: len(text) // 2], "not valid JSON"),
-        (lambda text: "[]", "is damaged"),
-        (lambda text: text.replace('"files"', '"fils"'), "is damaged"),
-        (lambda text: json.dumps({**json.loads(text), "schema_version": "1?"}), "is damaged"),
-        (lambda text: json.dumps({**json.loads(text), "schema_version": 2}), "schema version 2.*reads up to 1; update"),
-        (lambda text: text.replace('"k1"', '"k2"'), "names dataset k2; was it edited or copied"),
+        (lambda data: data[: len(data) // 2], "not as it was written.*edited by hand"),
+        (lambda data: b"[]", "not as it was written"),
+        (lambda data: data.replace(b'"files"', b'"fils"'), "not as it was written"),
+        (lambda data: data.replace(b'"bytes": 4', b'"bytes": 5'), "not as it was written.*its seal does not fit"),
+        (resealed(schema_version="1?"), "is no manifest"),
+        (resealed(schema_version=3, colour="red"), "schema version 3.*reads up to 2; update"),
+        (resealed(key="k2"), "names dataset k2; was it copied"),
     ],
-    ids=["cut", "list", "field", "version-text", "newer", "copied"],
+    ids=["cut", "list", "field", "number", "version-text", "newer", "copied"],
 )
 def test_a_manifest_that_cannot_be_trusted_is_named(store: Store, change: Any, message: str) -> None:
     commit(store, manifest("k1", publish(store, "k1", "a.bin", b"data")))
-    path = store.local_path("artifacts/dataset/k1/manifest.json")
-    path.write_text(change(path.read_text()))
+    path = "artifacts/dataset/k1/manifest.json"
+    overwrite(store, path, change(store.read_bytes(path)))
     with pytest.raises(StoreError, match=message) as error:
         find(store, "dataset", "k1")
-    assert "artifacts/dataset/k1/manifest.json" in str(error.value)
+    assert path in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_artifact_or_file_is_named(store: Store) -> None:
-    with pytest.raises(StoreError, match=r"dataset k1 is not in file://.*run the stage"):
+    with pytest.raises(StoreError, match=r"dataset k1 is not in .*run the stage"):
         get(store, "dataset", "k1")
     committed = commit(store, manifest("k1", publish(store, "k1", "a.bin", b"data")))
     with pytest.raises(StoreError, match=r"dataset k1 has no file 'b\.bin'"):
@@ -210,7 +216,7 @@ def test_of_concurrent_attempts_at_a_part_one_stands_and_all_get_it(store: Store
 @pytest.mark.parametrize("damage", ["gone", "short"])
 def test_a_part_whose_file_vanished_says_what_to_delete(store: Store, tmp_path: Path, damage: str) -> None:
     entry = part(store, tmp_path, b"rows", FLOAT).file("rows.parquet")
-    store.delete(entry.path) if damage == "gone" else store.local_path(entry.path).write_bytes(b"ro")
+    store.delete(entry.path) if damage == "gone" else overwrite(store, entry.path, b"ro")
     with pytest.raises(
         StoreError, match=rf"{entry.path} is missing.*delete parts/predict/k1/.*\.json and run"
     ) as error:
@@ -223,8 +229,8 @@ def test_a_part_whose_file_vanished_says_what_to_delete(store: Store, tmp_path: 
 
 def test_a_damaged_marker_is_named(store: Store, tmp_path: Path) -> None:
     part(store, tmp_path, b"rows", FLOAT)
-    marker = next(path for path in store.list("parts") if path.endswith(".json"))
-    store.local_path(marker).write_text('{"stage": "predict"}')
+    marker = next(path for path in store.paths("parts") if path.endswith(".json"))
+    overwrite(store, marker, b'{"stage": "predict"}')
     with pytest.raises(StoreError, match=marker):
         find_part(store, "predict", "k1", FLOAT)
 
@@ -241,5 +247,5 @@ def test_a_discarded_attempt_leaves_the_artifact_and_other_attempts(store: Store
         store.create(f"{attempts_folder('dataset', 'k1')}/{name}/step-5.pt", b"checkpoint")
     commit(store, manifest("k1", entry))
     discard_attempt(store, "dataset", "k1", "a1")
-    left = [path.removeprefix("artifacts/dataset/k1/") for path in store.list("artifacts/dataset/k1")]
+    left = [path.removeprefix("artifacts/dataset/k1/") for path in store.paths("artifacts/dataset/k1")]
     assert left == [entry.path.rsplit("/", 1)[1], "attempts/a2/step-5.pt", "manifest.json"]

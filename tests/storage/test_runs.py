@@ -81,7 +81,7 @@ def test_an_empty_store_says_that_it_holds_none(store: Store) -> None:
 
 
 def test_a_record_of_another_version_is_named(store: Store) -> None:
-    store.create("runs/cats/1.json", b'{"experiment": "cats", "color": "red"}')
+    store.create_record("runs/cats/1.json", {"experiment": "cats", "color": "red"})
     with pytest.raises(StoreError, match=r"runs/cats/1\.json is no valid RunRecord"):
         read_run(store, "cats")
 

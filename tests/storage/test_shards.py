@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from storage.artifacts import Manifest, artifact_folder, publish_file
-from storage.errors import StoreError
+from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
+from storage.errors import MissingObject, StoreError
 from storage.objects import Store
 from storage.shards import (
     INDEX_SCHEMA,
@@ -25,11 +25,13 @@ from storage.shards import (
     ShardSample,
     npy_bytes,
     read_index,
+    read_table,
     shard_files,
     write_parquet,
     write_tar,
 )
 from tests.real_images import png
+from tests.storage.conftest import overwrite
 
 SAMPLES = [ShardSample(f"cats-{n:08d}", {"png": png(n), "cls": str(n % 3).encode()}) for n in range(5)]
 READ_WITH_WEBDATASET = """
@@ -131,44 +133,46 @@ def test_webdataset_reads_every_sample_with_all_its_members(tmp_path: Path) -> N
     assert json.loads(done.stdout) == expected
 
 
-def test_a_reader_returns_verified_bytes_and_notices_damage(store: Store, tmp_path: Path) -> None:
-    manifest = publish_split(store, tmp_path, {"val": [SAMPLES]})
+def test_a_reader_returns_verified_bytes_and_notices_damage(disk: Store, tmp_path: Path) -> None:
+    manifest = publish_split(disk, tmp_path, {"val": [SAMPLES]})
     shard = shard_files(manifest, "val")[0]
-    row = read_index(store, manifest, "val").to_pylist()[2]
+    row = read_index(disk, manifest, "val").to_pylist()[2]
     place = (row["offset"], row["bytes"], row["sha256"])
-    reader = ShardReader(store)
+    reader = ShardReader(disk, [shard])
     assert reader.read(shard.path, *place) == SAMPLES[2].members["png"]
     reader.close()
-    with store.local_path(shard.path).open("r+b") as stream:
+    with disk.local_path(shard.path).open("r+b") as stream:
         stream.seek(row["offset"] + 20)
         stream.write(b"\x00\x01")
     with pytest.raises(StoreError, match=f"shard {shard.path} is damaged"):
-        ShardReader(store).read(shard.path, *place)
-    untouched = read_index(store, manifest, "val").to_pylist()[3]
-    assert ShardReader(store).read(shard.path, untouched["offset"], untouched["bytes"], untouched["sha256"])
+        ShardReader(disk, [shard]).read(shard.path, *place)
+    untouched = read_index(disk, manifest, "val").to_pylist()[3]
+    assert ShardReader(disk, [shard]).read(shard.path, untouched["offset"], untouched["bytes"], untouched["sha256"])
 
 
-def test_a_reader_names_a_shard_that_is_short_or_gone(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_reader_names_a_shard_that_is_short_or_gone(store: Store, tmp_path: Path, whole: bool) -> None:
     manifest = publish_split(store, tmp_path, {"val": [SAMPLES]})
-    path = shard_files(manifest, "val")[0].path
+    shard = shard_files(manifest, "val")[0]
     last = read_index(store, manifest, "val").to_pylist()[-1]
-    local = store.local_path(path)
-    local.write_bytes(local.read_bytes()[: last["offset"] + 5])
-    with pytest.raises(StoreError, match=f"{path} is damaged"):
-        ShardReader(store).read(path, last["offset"], last["bytes"])
-    local.unlink()
-    with pytest.raises(StoreError, match=f"{path} cannot be read"):
-        ShardReader(store).read(path, 0, 5)
+    place = (shard.path, last["offset"], last["bytes"], last["sha256"])
+    overwrite(store, shard.path, store.read_bytes(shard.path)[: last["offset"] + 5])
+    with pytest.raises(StoreError, match=f"{shard.path} is damaged"):
+        ShardReader(store, [shard], whole).read(*place)
+    store.delete(shard.path)
+    with pytest.raises(MissingObject, match=f"{shard.path} is missing"):
+        ShardReader(store, [shard], whole).read(*place)
 
 
-def test_a_reader_of_many_shards_keeps_few_files_open(store: Store) -> None:
-    num = OPEN_SHARDS + 20
-    for number in range(num):
-        store.create(f"shards/{number}", f"{number:04d}".encode())
+def test_a_reader_of_many_shards_keeps_few_files_open(disk: Store) -> None:
+    data = {f"shards/{number}": f"{number:04d}".encode() for number in range(OPEN_SHARDS + 20)}
+    shards = [FileEntry(name=path, path=path, bytes=4, sha256=sha256(found)) for path, found in data.items()]
+    for path, found in data.items():
+        disk.create(path, found)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    reader = ShardReader(store)
+    reader = ShardReader(disk, shards)
     for _ in range(2):
-        assert [reader.read(f"shards/{n}", 0, 4) for n in range(num)] == [f"{n:04d}".encode() for n in range(num)]
+        assert {entry.path: reader.read(entry.path, 0, 4, entry.sha256) for entry in shards} == data
     assert len(list(Path("/proc/self/fd").iterdir())) - before == OPEN_SHARDS
     reader.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
@@ -181,7 +185,7 @@ def test_the_index_of_a_split_names_each_rows_shard_in_order(store: Store, tmp_p
     assert table["key"].to_pylist() == [sample.key for sample in SAMPLES]
     first, second = (shard.path for shard in shard_files(manifest, "val"))
     assert table["shard"].to_pylist() == [first] * 2 + [second] * 3
-    reader = ShardReader(store)
+    reader = ShardReader(store, shard_files(manifest, "val"))
     for row, sample in zip(table.to_pylist(), SAMPLES, strict=True):
         assert reader.read(row["shard"], row["offset"], row["bytes"], row["sha256"]) == sample.members["png"]
     assert read_index(store, manifest, "val", ["label"]).column_names == ["label", "shard"]
@@ -192,9 +196,16 @@ def test_the_index_of_a_split_names_each_rows_shard_in_order(store: Store, tmp_p
 def test_a_damaged_index_is_named(store: Store, tmp_path: Path) -> None:
     manifest = publish_split(store, tmp_path, {"val": [SAMPLES]})
     entry = manifest.file("index/val/00000.parquet")
-    store.local_path(entry.path).write_bytes(b"PAR1 no more")
-    with pytest.raises(StoreError, match=f"{entry.path} cannot be read as Parquet"):
+    overwrite(store, entry.path, b"PAR1 no more")
+    with pytest.raises(StoreError, match=f"{entry.path} is damaged"):
         read_index(store, manifest, "val")
+
+
+def test_a_file_that_is_no_parquet_is_named(store: Store) -> None:
+    store.create("x.parquet", b"no table")
+    entry = FileEntry(name="x", path="x.parquet", bytes=8, sha256=sha256(b"no table"))
+    with pytest.raises(StoreError, match=r"x\.parquet cannot be read as Parquet"):
+        read_table(store, entry)
 
 
 def test_parquet_has_the_same_bytes_and_row_groups_whatever_the_chunks(tmp_path: Path) -> None:

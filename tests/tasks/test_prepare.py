@@ -90,7 +90,7 @@ def failure(root: Path, **fields: Any) -> str:
     with pytest.raises(UserError) as error:
         run(store, configure(root, **fields))
     assert "\n" not in str(error.value)
-    assert store.list("") == []
+    assert store.paths("") == []
     return str(error.value)
 
 
@@ -98,7 +98,7 @@ def test_every_image_is_in_a_shard_with_its_label_size_and_origin(prepared: Prep
     images, store, manifest = prepared.images, prepared.store, prepared.manifest
     assert manifest.metrics["class_names"] == list(NAMES)
     assert manifest.metrics["labeled_per_class"] == [8, 8, 8]
-    reader = ShardReader(store)
+    reader = ShardReader(store, manifest.files_under("shards/"))
     for split, count in zip(SPLITS, (24, 6, 6, 30), strict=True):
         original = pq.read_table(images / f"{split}.parquet").to_pylist()
         rows = read_index(store, manifest, split).to_pylist()
@@ -289,9 +289,9 @@ def test_a_touched_or_moved_file_is_the_same_data(prepared: Prepared, images: Pa
         os.utime(path, (1, 1))
     here, there = configure(prepared.images), configure(images)
     assert fingerprint(open_source(there).files()) == fingerprint(open_source(here).files())
-    parts = prepared.store.list("parts")
+    parts = prepared.store.paths("parts")
     assert run(prepared.store, there) == prepared.result
-    assert prepared.store.list("parts") == parts
+    assert prepared.store.paths("parts") == parts
 
 
 def test_changed_bytes_are_other_data(images: Path) -> None:
@@ -309,9 +309,9 @@ def test_three_processes_make_the_same_bytes_as_one(prepared: Prepared, store: S
 
 def test_finished_shards_are_not_made_again(prepared: Prepared) -> None:
     store = prepared.store
-    before = {path: store.local_path(path).stat().st_mtime_ns for path in store.list("parts")}
+    before = {path: store.local_path(path).stat().st_mtime_ns for path in store.paths("parts")}
     assert run(store, configure(prepared.images)) == prepared.result
-    assert {path: store.local_path(path).stat().st_mtime_ns for path in store.list("parts")} == before
+    assert {path: store.local_path(path).stat().st_mtime_ns for path in store.paths("parts")} == before
 
 
 def test_labeled_images_are_shuffled_over_all_shards_and_files(store: Store, images: Path) -> None:

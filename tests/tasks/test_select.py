@@ -304,12 +304,14 @@ def test_webdataset_reads_image_soft_label_and_facts_of_every_copy(labeled: Labe
 
 
 def test_the_index_leads_to_image_and_soft_label(labeled: Labeled, selection: Manifest) -> None:
-    reader = ShardReader(labeled.store)
+    reader = ShardReader(labeled.store, shard_files(selection, "train"))
     for row in read_index(labeled.store, selection, "train").to_pylist():
         original = labeled.rows[row["source_key"]]
         image = reader.read(row["shard"], row["offset"], row["bytes"], row["sha256"])
         assert image.startswith(b"\x89PNG")
-        soft = np.lib.format.read_array(io.BytesIO(reader.read(row["shard"], row["soft_offset"], row["soft_bytes"])))
+        soft = np.lib.format.read_array(
+            io.BytesIO(reader.read(row["shard"], row["soft_offset"], row["soft_bytes"], row["soft_sha256"]))
+        )
         assert soft.tolist() == probabilities([original])[0].astype(np.float16).tolist()
         assert (row["label"], row["confidence"]) == (original[1], float(np.float32(original[2])))
 
@@ -328,7 +330,7 @@ def test_a_selection_made_by_three_processes_has_the_same_bytes(labeled: Labeled
 
 
 def test_finished_parts_of_a_selection_are_kept(labeled: Labeled, selection: Manifest) -> None:
-    before = {path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.list("parts")}
+    before = {path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("parts")}
     assert labeled.select("s1").files == selection.files
     assert {path: labeled.store.local_path(path).stat().st_mtime_ns for path in before} == before
 

@@ -1,0 +1,78 @@
+"""What a kind of store must offer. Two kinds: `storage/local.py` (POSIX disk) and `storage/s3.py` (buckets).
+
+Everything above (records, artifacts, parts, refs, verify, gc) is written once, on these few calls.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object of a listing: its path below the store's root, its size, when it was written, its version tag."""
+
+    path: str
+    bytes: int
+    modified: float  # seconds since 1970, by the store's clock
+    tag: str = ""  # a bucket's ETag; empty on disk
+
+
+class Backend(Protocol):
+    """Objects by relative path. Errors are StoreError with the object's name and the remedy; MissingObject if absent."""
+
+    url: str
+
+    def scan(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects whose path starts with the folder `prefix`, in any order."""
+        ...
+
+    def stat(self, paths: Sequence[str]) -> list[ObjectInfo | None]:
+        """What is there of some objects; None where one is missing."""
+        ...
+
+    def read(self, path: str) -> bytes:
+        """A whole, small object."""
+        ...
+
+    def read_many(self, paths: Sequence[str]) -> list[bytes | None]:
+        """Small objects, many at once; None where one is missing."""
+        ...
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`, or fewer at the object's end."""
+        ...
+
+    def stream(self, path: str, size: int, consume: Callable[[bytes], object]) -> None:
+        """Give the object's `size` bytes to `consume`, in order, in blocks; memory does not grow with the object."""
+        ...
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small object unless it exists: True if this call made it. Readers see all bytes or no object."""
+        ...
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a small object over whatever is there. Readers see the old or the new bytes."""
+        ...
+
+    def upload(self, source: Path, path: str) -> None:
+        """Move a local file into the store, whole or not at all."""
+        ...
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete objects; missing ones are no error."""
+        ...
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A private local folder for files in the making, removed at the end."""
+        ...
+
+    def leftovers(self) -> Iterator[ObjectInfo]:
+        """What interrupted writes left behind: staged files, unfinished uploads. Not listed by `scan`."""
+        ...
+
+    def drop_leftovers(self, leftovers: Sequence[ObjectInfo]) -> None:
+        """Delete some of them."""
+        ...
