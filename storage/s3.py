@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from fsspec.asyn import sync
 from storage.backend import ObjectInfo
 from storage.cache import node_cache
 from storage.errors import StoreError
-from storage.s3_errors import MISSING_CODES, PRECONDITION_CODES, error_code, explain, is_transient, was_refused
+from storage.s3_errors import MISSING_CODES, PRECONDITION_CODES, error_code, explain, is_transient
 
 PATIENCE_S = 60.0
 FIRST_PATIENCE_S = 8.0
@@ -40,6 +41,7 @@ UPLOADS_AT_ONCE = 3
 MOST_PARTS = 10_000
 SMALL_AT_ONCE = 48
 DELETES_A_CALL = 1000
+WRITER = "nst-writer"  # metadata of objects that are created once
 
 log = logging.getLogger("nst.store")
 Result = TypeVar("Result")
@@ -109,22 +111,23 @@ class S3Backend:
         sync(self._loop, self._stream, path, size, consume)
 
     def create(self, path: str, data: bytes) -> bool:
-        """One conditional PUT. Where an answer was lost and the next says "exists", the bytes tell whose it is."""
-        unsure = False
+        """One conditional PUT, marked with a token of its own.
+
+        An answer may be lost, and the HTTP library repeats a PUT by itself when a kept connection breaks. So "it exists"
+        may mean that we made it: the token tells.
+        """
+        token = uuid.uuid4().hex
+        call = {"Bucket": self.bucket, "Key": self._key(path), "Body": data, "Metadata": {WRITER: token}}
 
         async def attempt(s3: Any) -> bool:
-            nonlocal unsure
             try:
-                await s3.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                await s3.put_object(**call, IfNoneMatch="*")
                 return True
             except boto.ClientError as error:
-                if error_code(error) in PRECONDITION_CODES:
-                    return unsure and await self._get(s3, path) == data
-                unsure = unsure or not was_refused(error)
-                raise
-            except Exception:
-                unsure = True
-                raise
+                if error_code(error) not in PRECONDITION_CODES:
+                    raise
+            found = await s3.head_object(Bucket=self.bucket, Key=self._key(path))
+            return bool(found.get("Metadata", {}).get(WRITER) == token)
 
         return self._call(path, attempt)
 
@@ -288,7 +291,7 @@ class S3Backend:
                 if not isinstance(error, boto.BotoCoreError | boto.ClientError | OSError) and not is_transient(error):
                     raise
                 if not is_transient(error) or waited + pause > patience:
-                    tried = f", {number + 1} times in {waited:.0f} s" if number else ""
+                    tried = f", tried {number + 1} times in {waited:.0f} s" if is_transient(error) else ""
                     raise explain(self.url, path, error, tried) from (None if error_code(error) else error)
                 if waited > SILENCE_S:
                     log.warning("%s; trying again", explain(self.url, path, error))

@@ -29,7 +29,8 @@ TRANSIENT_CODES = {
 MISSING_CODES = {"NoSuchKey", "404", "NotFound"}
 PRECONDITION_CODES = {"PreconditionFailed", "412"}
 TRANSIENT_TYPES = (
-    boto.HTTPClientError,  # reset, timeout, refused, broken body
+    boto.ConnectionError,  # refused, no such host
+    boto.HTTPClientError,  # reset, timeout, broken body
     boto.FlexibleChecksumError,
     boto.IncompleteReadError,
     ResponseParserError,  # an answer that was altered or cut
@@ -66,11 +67,6 @@ def is_transient(error: BaseException) -> bool:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return error_code(error) in TRANSIENT_CODES or (status >= 500 and status not in (501, 507)) or status == 429
     return isinstance(error, TRANSIENT_TYPES)
-
-
-def was_refused(error: BaseException) -> bool:
-    """Whether the server surely did not carry the request out."""
-    return isinstance(error, boto.ClientError) and error_code(error) in TRANSIENT_CODES - {"InternalError"}
 
 
 def explain(url: str, path: str, error: BaseException, tried: str = "") -> StoreError:

@@ -11,6 +11,7 @@ from aiohttp import ClientSession, TCPConnector, web
 STALL_S = 3600.0
 SLOW_CHUNKS, SLOW_PAUSE_S = 20, 0.05
 FLIPPED = 7  # this byte of a body
+SESSION = web.AppKey("session", ClientSession)
 
 
 @dataclass
@@ -77,7 +78,7 @@ class FaultProxy:
             return _reset(request)
         if action == "flip_request":
             body = _flip(body)
-        session: ClientSession = request.app["session"]
+        session: ClientSession = request.app[SESSION]
         async with session.request(
             request.method, self.target + request.raw_path, headers=request.headers, data=body, allow_redirects=False
         ) as answer:
@@ -115,7 +116,7 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
 
     async def serve() -> None:
         app = web.Application(client_max_size=1 << 30)
-        app["session"] = ClientSession(auto_decompress=False, connector=TCPConnector(limit=0))
+        app[SESSION] = ClientSession(auto_decompress=False, connector=TCPConnector(limit=0))
         app.router.add_route("*", "/{path:.*}", proxy.handle)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
@@ -125,8 +126,12 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
         try:
             await asyncio.Event().wait()
         finally:
-            await app["session"].close()
+            await app[SESSION].close()
             await runner.cleanup()
+            stalled = asyncio.all_tasks() - {task}
+            for handler in stalled:
+                handler.cancel()
+            await asyncio.gather(*stalled, return_exceptions=True)
 
     task = loop.create_task(serve())
 

@@ -85,7 +85,7 @@ def test_a_reader_sees_a_whole_artifact_or_none(store: Store) -> None:
 
 
 def test_concurrent_commits_end_with_one_manifest_that_all_callers_get(store: Store) -> None:
-    for number in range(10):
+    for number in range(10 if store.root else 2):  # SeaweedFS takes seconds for six at once
         key, barrier = f"k{number}", threading.Barrier(6)
 
         def attempt(name: int, key: str = key, barrier: threading.Barrier = barrier) -> Manifest:

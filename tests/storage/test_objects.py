@@ -60,7 +60,7 @@ def test_of_many_threads_exactly_one_creates_an_object(store: Store) -> None:
         return store.create(f"round/{round_number}", str(name).encode())
 
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
-        for number in range(25):
+        for number in range(25 if store.root else 4):  # SeaweedFS takes seconds for eight at once
             won = list(pool.map(lambda name, n=number: race(name, n), range(NUM_WRITERS)))
             assert won.count(True) == 1
             assert store.read_bytes(f"round/{number}") == str(won.index(True)).encode()
