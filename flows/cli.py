@@ -10,29 +10,31 @@ import os
 import signal
 import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.driver import Rerun, Run, find_node, resolve_run
+from flows import store_commands
+from flows.driver import Rerun, find_node, resolve_run
 from flows.experiment import load_experiment
+from flows.terminal import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    JsonOption,
+    StoreOption,
+    app,
+    console,
+    errors,
+)
 from models.launch import WorkerFailed
-from storage.artifacts import find, list_artifacts
+from storage.artifacts import find
 from storage.errors import UserError
 from storage.objects import Store
-from storage.runs import read_run, resolve_ref
+from storage.runs import read_run
 from tasks.results import result_records
-
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-PIPE_WIDTH = 200  # columns where there is no terminal: tables in logs and files are not cut
-console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-errors = Console(stderr=True, soft_wrap=True)
-
-EXIT_USER_ERROR, EXIT_FAILED, EXIT_STOPPED = 2, 1, 143
 
 
 class PrefectMode(StrEnum):
@@ -45,11 +47,9 @@ class PrefectMode(StrEnum):
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (digits, cifar10).")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. student.epochs=30.")]
-StoreOption = Annotated[str, typer.Option(envvar="NST_STORE", help="Root of the artifacts: a folder or file:// URL.")]
 RerunOption = Annotated[str, typer.Option(help="Make a stage and all that follows anew: select, or 2/select.")]
 ScaleOption = Annotated[str, typer.Option(help="A scale that the recipe offers, e.g. smoke.")]
 PrefectOption = Annotated[PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (in this process), server.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @app.command()
@@ -92,7 +92,8 @@ def run(
     report = _node_manifest(store_root, name, "report")
     if report is not None:
         place = store_root.location(report.file("report.html").path)
-        console.print(f"report: {place}", highlight=False, soft_wrap=True)
+        copy = "" if store_root.root else f"  (nst report {name} --store {store} saves a copy)"
+        console.print(f"report: {place}{copy}", highlight=False, soft_wrap=True)
     console.print(f"again:  nst results {name} --store {store}", highlight=False)
 
 
@@ -171,67 +172,14 @@ def stage(
     STAGE_FLOWS[role](recipe, int(iteration or 0), overrides or [], Store(store).url, scale)
 
 
-@app.command()
-def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
-    """List the artifacts of a store."""
-    manifests = list_artifacts(Store(store))
-    if as_json:
-        print(
-            json.dumps(
-                [m.model_dump(mode="json", include={"kind", "key", "stage", "inputs"}) for m in manifests], indent=1
-            )
-        )
-        return
-    table = Table(box=None)
-    for column in ("kind", "key", "created", "files", "bytes"):
-        table.add_column(column)
-    for m in manifests:
-        size = sum(entry.bytes for entry in m.files)
-        table.add_row(m.kind, m.key, str(m.provenance.get("created", "")), str(len(m.files)), f"{size:,}")
-    console.print(table)
-
-
-@app.command()
-def show(
-    ref: Annotated[str, typer.Argument(help="A ref such as digits/2/student, or digits/2/student@1 for an older one.")],
-    store: StoreOption = "nst-store",
-) -> None:
-    """Print an artifact's manifest."""
-    opened = Store(store)
-    target = resolve_ref(opened, ref)
-    manifest = find(opened, target.kind, target.key)
-    if manifest is None:
-        raise UserError(f"ref {ref} points at {target.kind} {target.key}, which is not in {opened.url}")
-    print(manifest.model_dump_json(indent=1))
-
-
-@app.command()
-def export(
-    ref: Annotated[str, typer.Argument(help="A model's ref, such as digits/2/student.")],
-    folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
-    store: StoreOption = "nst-store",
-) -> None:
-    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
-    opened = Store(store)
-    target = resolve_ref(opened, ref)
-    manifest = find(opened, target.kind, target.key)
-    if manifest is None or manifest.kind != "model":
-        raise UserError(
-            f"{ref} is no model in {opened.url}; give a teacher's or a student's ref, as `nst results` prints them"
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"folder {folder} is not empty; give a new one")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).write_bytes(opened.read_verified(manifest.file(name).path, manifest.file(name).sha256))
-    console.print(f'timm.create_model("local-dir:{folder}", pretrained=True)', highlight=False)
-
-
 def main() -> None:
     """Entry of the command: one line for a mistake of the user's, the cause for everything else."""
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        if app(standalone_mode=False):  # typer turns an interrupt into an exit code
+        code = app(standalone_mode=False)
+        if code == EXIT_FAILED:
+            sys.exit(code)
+        if code:  # typer turns an interrupt into an exit code
             raise KeyboardInterrupt
     except UserError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
@@ -289,13 +237,12 @@ def _run_plain(recipe: str, overrides: list[str], store: Store, rerun: Rerun, sc
 
 def _stage_plain(name: str, recipe: str, overrides: list[str], store: Store, scale: str) -> None:
     from flows.console import make_display, shown
-    from flows.driver import execute_node
+    from flows.driver import execute_one
     from tasks.stage import run_stage
 
     display = make_display(console)
-    store.check_writable()
-    run: Run = resolve_run(load_experiment(recipe, overrides, scale), recipe, store, Rerun())
-    execute_node(run, find_node(run, name), lambda r: shown(r, display, lambda: run_stage(r, display.progress)))
+    run = resolve_run(load_experiment(recipe, overrides, scale), recipe, store, Rerun())
+    execute_one(run, name, lambda r: shown(r, display, lambda: run_stage(r, display.progress)))
 
 
 def _print_results(store: Store, run_name: str, as_json: bool) -> None:
@@ -314,6 +261,9 @@ def _node_manifest(store: Store, run_name: str, node: str) -> Any:
     record = read_run(store, run_name).node(node)
     return find(store, record.kind, record.key) if record else None
 
+
+for command in store_commands.COMMANDS:
+    app.command()(command)
 
 if __name__ == "__main__":
     main()

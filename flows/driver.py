@@ -14,6 +14,7 @@ from models.numerics import package_versions
 from storage.artifacts import Manifest, find, find_part, publish_part
 from storage.errors import UserError
 from storage.keys import digest
+from storage.leases import at_work
 from storage.objects import Store
 from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
 from tasks.prepare import fingerprint, open_source
@@ -109,14 +110,23 @@ def find_node(run: Run, name: str) -> Node:
 def execute(run: Run, do_stage: DoStage) -> RunRecord:
     """Do every stage in order, check what can be checked before training, and set the refs."""
     run.store.check_writable()
-    record = record_run(run.store, run.draft_record())
-    if any(find(run.store, node.kind, node.key) is None for node in run.records.values() if node.kind in NEED_TORCH):
-        warm_up()
-    for node in run.nodes:
-        execute_node(run, node, do_stage)
-        if node.stage == "prepare":
-            preflight(run)
+    with at_work(run.store, run.experiment.name):
+        record = record_run(run.store, run.draft_record())
+        if any(find(run.store, r.kind, r.key) is None for r in run.records.values() if r.kind in NEED_TORCH):
+            warm_up()
+        for node in run.nodes:
+            execute_node(run, node, do_stage)
+            if node.stage == "prepare":
+                preflight(run)
     return record
+
+
+def execute_one(run: Run, name: str, do_stage: DoStage) -> StageOutcome:
+    """Do one stage of a run. Raises UserError naming the stages to run first where its inputs are not there."""
+    node = find_node(run, name)
+    run.store.check_writable()
+    with at_work(run.store, f"{run.experiment.name}/{name}"):
+        return execute_node(run, node, do_stage)
 
 
 def execute_node(run: Run, node: Node, do_stage: DoStage) -> StageOutcome:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from flows.experiment import Experiment
 from models.configs import TrainConfig
+from storage.artifacts import SOURCE_ROLE
 from storage.keys import Config, artifact_key
 from storage.runs import NodeRecord
 from tasks import evaluate, label, prepare, report, select, train
@@ -88,7 +89,7 @@ def resolve_keys(nodes: list[Node], source_fingerprint: str, generations: Mappin
         stage = STAGES[node.stage]
         inputs = {role: keys[name] for role, name in node.inputs.items()}
         if node.stage == "prepare":
-            inputs["source"] = source_fingerprint
+            inputs[SOURCE_ROLE] = source_fingerprint
         generation = generations.get(node.name, 0)
         config = node.config.key_fields()
         keys[node.name] = artifact_key(stage.name, stage.version, config, inputs, generation)

@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.driver import Rerun, execute_node, find_node, resolve_run
+from flows.driver import Rerun, execute_one, resolve_run
 from flows.experiment import load_experiment
 from flows.iteration import OVERRIDES, RECIPE, SCALE, STORE, prefect_stage
 from storage.objects import Store
@@ -31,8 +31,7 @@ def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
         run = resolve_run(
             load_experiment(recipe, overrides, scale), recipe, Store(store), Rerun(), str(flow_run.id or "")
         )
-        run.store.check_writable()
-        return execute_node(run, find_node(run, name), prefect_stage(run)).manifest.key
+        return execute_one(run, name, prefect_stage(run)).manifest.key
 
     run_stage_flow.__name__ = role
     run_stage_flow.__doc__ = what

@@ -13,7 +13,7 @@ Readers see an artifact whole or not at all. A part's key is a digest of what it
 artifact's), so a data set that grows keeps the parts that did not change.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from storage.objects import TRANSFERS, Store
 
 SCHEMA_VERSION = 2  # 2: records carry a seal
 NAME_DIGEST_HEX = 16
+SOURCE_ROLE = "source"  # the input that is no artifact but the fingerprint of external data
 FEW_PARTS = 32  # more are looked for by listing all parts of their stage
 
 
@@ -221,9 +222,9 @@ def discard_attempt(store: Store, kind: str, key: str, attempt: str) -> None:
     store.delete(*store.paths(f"{attempts_folder(kind, key)}/{attempt}"))
 
 
-def list_artifacts(store: Store) -> list[Manifest]:
-    """Every committed artifact, in the order of kind and key."""
-    paths = [p for p in store.paths("artifacts") if p.endswith("/manifest.json")]
+def list_artifacts(store: Store, skip: Container[str] = ()) -> list[Manifest]:
+    """Every committed artifact, in the order of kind and key; without those whose manifest is in `skip`."""
+    paths = [p for p in store.paths("artifacts") if p.endswith("/manifest.json") and p not in skip]
     return [_versioned(path, record) for path, record in zip(paths, store.read_all_records(paths), strict=True)]
 
 

@@ -151,6 +151,19 @@ class Store:
                 raise MissingObject(f"{self.url}: object {path} is missing; run `nst run` again to make it anew")
         return [self._read_sealed(path, data) for path, data in zip(paths, found, strict=True) if data is not None]
 
+    def damaged_records(self, paths: Sequence[str]) -> dict[str, str]:
+        """Which of some records are not as they were written, and why."""
+        found: dict[str, str] = {}
+        for path, data in zip(paths, self._backend.read_many([checked(path) for path in paths]), strict=True):
+            try:
+                unsealed(data if data is not None else b"")
+            except ValueError:
+                try:
+                    self.read_record(path)  # again: a byte may have been flipped on its way
+                except StoreError as error:
+                    found[path] = str(error.__cause__ or error)
+        return found
+
     def read_all_as(self, paths: Sequence[str], form: type[Form]) -> list[Form]:
         """Many sealed records at once, typed. Raises StoreError as `read_as` does."""
         records = self.read_all_records(paths)
@@ -279,7 +292,7 @@ class Store:
                     raise DamagedObject(
                         f"{self.url}: record {path} is not as it was written ({error}); was it edited by hand? Put the "
                         "original back, or delete it and run again"
-                    ) from None
+                    ) from error
                 data = self.read_bytes(path)
         raise AssertionError("unreachable")
 
