@@ -45,8 +45,11 @@ class Backend(Protocol):
         """`size` bytes at `offset`, or fewer at the object's end."""
         ...
 
-    def stream(self, path: str, size: int, consume: Callable[[bytes], object]) -> None:
-        """Give the object's `size` bytes to `consume`, in order, in blocks; memory does not grow with the object."""
+    def stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str = "") -> None:
+        """Give the object's `size` bytes to `consume`, in order, in blocks; memory does not grow with the object.
+
+        With `tag` (of a listing) raises StoreError where the object was replaced since.
+        """
         ...
 
     def create(self, path: str, data: bytes) -> bool:

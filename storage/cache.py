@@ -80,6 +80,26 @@ class Cache:
                 os.close(handle)
         raise self._thrashing()
 
+    def learn(self, name: str, size: int, fill: Fill, md5: str = "") -> str:
+        """The sha256 of an object that is known by another name only, such as URL and version tag; downloads it once.
+
+        Raises DamagedObject where bytes come that have another `md5`, unless the same ones come twice: then the tag was
+        no MD5 (encrypted objects).
+        """
+        note = self._folder("names") / hashlib.sha256(name.encode()).hexdigest()
+        if note.exists():
+            return note.read_text()
+        seen: set[str] = set()
+        for _ in range(ATTEMPTS):
+            sha256, found = self._try_download("", size, fill)
+            if not md5 or found == md5 or sha256 in seen:
+                with self._held(self._folder("making") / uuid.uuid4().hex) as stream:
+                    Path(stream.name).write_text(sha256)
+                    os.replace(stream.name, note)
+                return sha256
+            seen.add(sha256)
+        raise DamagedObject("other bytes come each time it is read")
+
     @contextmanager
     def private_folder(self) -> Iterator[Path]:
         """A folder of this process, deleted at the end, or by another process after a kill."""
@@ -97,31 +117,34 @@ class Cache:
             if self._place(sha256).exists():
                 return
             for attempts_left in reversed(range(ATTEMPTS)):
-                if self._try_download(sha256, size, fill):
+                if self._try_download(sha256, size, fill)[0] == sha256:
                     return
                 if not attempts_left:
                     raise DamagedObject(f"its sha256 is not {sha256[:16]}..., the one in its manifest")
 
-    def _try_download(self, sha256: str, size: int, fill: Fill) -> bool:
+    def _try_download(self, sha256: str, size: int, fill: Fill) -> tuple[str, str]:
+        """Bring the bytes, and keep them where they are those of `sha256` (empty: any). Returns their sha256 and MD5."""
         with self._held(self._folder("making") / uuid.uuid4().hex, size) as stream:
-            digest = hashlib.sha256()
+            digest, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
 
             def write(data: bytes) -> None:
                 with self._naming_full_disk():
                     stream.write(data)
                 digest.update(data)
+                if not sha256:
+                    md5.update(data)
 
             fill(write)
             with self._naming_full_disk():
                 stream.flush()
-            if digest.hexdigest() != sha256:
-                return False
-            place = self._place(sha256)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            found = os.fstat(stream.fileno())
-            self._trusted[sha256] = (found.st_ino, found.st_mtime_ns, found.st_size)
-            os.replace(stream.name, place)
-            return True
+            found = digest.hexdigest()
+            if found == (sha256 or found) and stream.tell() == size:
+                place = self._place(found)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                state = os.fstat(stream.fileno())
+                self._trusted[found] = (state.st_ino, state.st_mtime_ns, state.st_size)
+                os.replace(stream.name, place)
+            return found, md5.hexdigest()
 
     @contextmanager
     def _held(self, path: Path, size: int = 0) -> Iterator[IO[bytes]]:
@@ -136,7 +159,8 @@ class Cache:
         try:
             yield stream
         finally:
-            stream.close()
+            with suppress(OSError):  # a full disk: what was written is not kept
+                stream.close()
             Path(stream.name).unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:

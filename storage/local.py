@@ -60,7 +60,7 @@ class LocalBackend:
         with self._reading(path), (self.root / path).open("rb") as stream:
             return os.pread(stream.fileno(), size, offset)
 
-    def stream(self, path: str, size: int, consume: Callable[[bytes], object]) -> None:
+    def stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str = "") -> None:
         """An object in blocks."""
         with self._reading(path), (self.root / path).open("rb") as stream:
             while block := stream.read(BLOCK_BYTES):

@@ -106,9 +106,9 @@ class S3Backend:
         """A ranged GET; the server's checksum is of the whole object, so the caller has to check the bytes."""
         return self._call(path, lambda s3: self._get(s3, path, offset, size))
 
-    def stream(self, path: str, size: int, consume: Callable[[bytes], object]) -> None:
+    def stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str = "") -> None:
         """Ranges read ahead in parallel, consumed in order in a thread beside them."""
-        sync(self._loop, self._stream, path, size, consume)
+        sync(self._loop, self._stream, path, size, consume, tag)
 
     def create(self, path: str, data: bytes) -> bool:
         """One conditional PUT, marked with a token of its own.
@@ -178,10 +178,11 @@ class S3Backend:
         for upload in leftovers:
             self._call(upload.path, lambda s3: one(s3, upload))  # noqa: B023
 
-    async def _get(self, s3: Any, path: str, offset: int = 0, size: int | None = None) -> bytes:
+    async def _get(self, s3: Any, path: str, offset: int = 0, size: int | None = None, tag: str = "") -> bytes:
         span = {} if size is None else {"Range": f"bytes={offset}-{offset + size - 1}"}
+        unchanged = {"IfMatch": f'"{tag}"'} if tag else {}
         try:
-            answer = await s3.get_object(Bucket=self.bucket, Key=self._key(path), **span)
+            answer = await s3.get_object(Bucket=self.bucket, Key=self._key(path), **span, **unchanged)
         except boto.ClientError as error:
             if error_code(error) in ("InvalidRange", "416"):
                 return b""
@@ -192,10 +193,10 @@ class S3Backend:
             raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes came")
         return data
 
-    async def _stream(self, path: str, size: int, consume: Callable[[bytes], object]) -> None:
+    async def _stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str) -> None:
         def start(offset: int) -> "asyncio.Task[bytes]":
             span = min(BLOCK_BYTES, size - offset)
-            return asyncio.ensure_future(self._retried(path, lambda s3: self._get(s3, path, offset, span)))
+            return asyncio.ensure_future(self._retried(path, lambda s3: self._get(s3, path, offset, span, tag)))
 
         offsets = iter(range(0, size, BLOCK_BYTES))
         ahead = [start(offset) for offset in itertools.islice(offsets, BLOCKS_AHEAD)]

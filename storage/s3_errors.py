@@ -50,6 +50,8 @@ REMEDIES = {
     "PermanentRedirect": "the bucket is in another region; set AWS_REGION to it",
     "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_REGION to it",
     "NotImplemented": "the server cannot do this; conditional writes (If-None-Match) are needed",
+    "PreconditionFailed": "the object was replaced while it was read; run again",
+    "412": "the object was replaced while it was read; run again",
     "QuotaExceeded": "the bucket is full; free some space or choose another store",
     "InsufficientStorage": "the server is full; free some space or choose another store",
     "507": "the server is full; free some space or choose another store",
