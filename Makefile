@@ -1,4 +1,5 @@
-# make demo   two iterations on real images, embedded, minutes on a CPU
+# make demo   two iterations on real images, embedded, minutes on a CPU; STORE=FOLDER or STORE=s3://BUCKET/PREFIX keeps
+#             the artifacts there, STORE=s3 starts a real S3 server on this machine and keeps every byte in it
 # make test   linters, types and tests
 # Each sets itself up: the environment is .venv, its packages are pinned in constraints.txt.
 
@@ -10,8 +11,16 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test soak lint clean
 
+ifeq ($(STORE),s3)
+demo: $(STAMP)
+	$(BIN)/python -m deployments.seaweedfs demo-s3 sh -c '\
+	  $(BIN)/nst demo --store s3://nst/demo && \
+	  $(BIN)/nst verify --all --store s3://nst/demo && \
+	  $(BIN)/nst report digits demo-s3/report.html --force --store s3://nst/demo'
+else
 demo: $(STAMP)
 	$(BIN)/nst demo --store $(STORE)
+endif
 
 test: lint
 	$(BIN)/python -m pytest
@@ -23,6 +32,8 @@ lint: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/demo_gain.py --seeds 5
+	$(BIN)/python -m benchmarks.soak_kill --store file
+	$(BIN)/python -m benchmarks.soak_kill --store s3
 
 # An environment of another Python than 3.11 or 3.12 is refused here, before anything is downloaded.
 $(STAMP): pyproject.toml constraints.txt

@@ -33,6 +33,15 @@ class S3Server:
     """A server that runs: its address, and what a process needs to use it."""
 
     endpoint: str
+    master: str
+
+    def add_reader(self, access_key: str, secret_key: str) -> None:
+        """Let somebody list and read the bucket, and no more."""
+        line = f"s3.configure -user={access_key} -access_key={access_key} -secret_key={secret_key}"
+        command = f"{line} -buckets={BUCKET} -actions=Read,List -apply\n"
+        subprocess.run(
+            [_program(), "shell", f"-master={self.master}"], input=command, text=True, check=True, capture_output=True
+        )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -59,7 +68,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         process = subprocess.Popen(
             line, env={**os.environ, **environment}, stdout=output, stderr=output, preexec_fn=_die_with_parent
         )
-    server = S3Server(f"http://127.0.0.1:{ports['s3']}")
+    server = S3Server(f"http://127.0.0.1:{ports['s3']}", f"127.0.0.1:{ports['master']}")
     try:
         _wait_until_it_answers(server, process, log)
         yield server

@@ -49,7 +49,8 @@ def show(ref: RefArgument, store: StoreOption = "nst-store") -> None:
 
 def report(
     run_name: Annotated[str, typer.Argument(metavar="RUN", help="An experiment (its newest run) or EXPERIMENT/N.")],
-    file: Annotated[Path, typer.Argument(help="The page to write; must not exist.")] = Path("report.html"),
+    file: Annotated[Path, typer.Argument(help="The page to write.")] = Path("report.html"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     store: StoreOption = "nst-store",
 ) -> None:
     """Save a run's report as a page of this machine.
@@ -62,8 +63,8 @@ def report(
     manifest = find(opened, node.kind, node.key) if node else None
     if manifest is None:
         raise UserError(f"run {record.name} has no report yet; `nst run` makes it at its end")
-    if file.exists():
-        raise UserError(f"{file} exists already; give another name")
+    if file.exists() and not force:
+        raise UserError(f"{file} exists already; give another name, or --force")
     with opened.local_copy(manifest.file("report.html")) as copy:
         shutil.copyfile(copy, file)
     console.print(f"report: {file.absolute()}", highlight=False, soft_wrap=True)

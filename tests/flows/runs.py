@@ -36,7 +36,7 @@ TINY = (
 )
 
 
-def command(store: Path, *arguments: str, prefect: str = "off", overrides: tuple[str, ...] = TINY) -> list[str]:
+def command(store: Path | str, *arguments: str, prefect: str = "off", overrides: tuple[str, ...] = TINY) -> list[str]:
     """The command line of a tiny run."""
     options = ["--store", str(store), "--prefect", prefect, *arguments]
     return [sys.executable, "-m", "flows.cli", "run", "digits", *overrides, *options]
@@ -94,7 +94,7 @@ def count(store: Path, prefix: str, suffix: str = "") -> int:
     return sum(path.endswith(suffix) for path in Store(str(store)).paths(prefix)) if store.exists() else 0
 
 
-def contents(store: Path) -> dict[str, dict[str, str]]:
+def contents(store: Path | str) -> dict[str, dict[str, str]]:
     """The sha256 of every file of every artifact, by artifact and logical name."""
     artifacts = list_artifacts(Store(str(store)))
     return {f"{m.kind}/{m.key}": {f.name: f.sha256 for f in m.files} for m in artifacts}

@@ -1,0 +1,141 @@
+"""The pipeline with every byte in a bucket, on a real server; and what of the credentials may be found afterwards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.seaweedfs import SECRET_KEY, S3Server
+from storage.artifacts import get, list_artifacts
+from storage.external import ExternalFolder
+from storage.objects import Store
+from storage.runs import resolve_ref
+from storage.shards import read_index, shard_files
+from storage.verify import verify_all
+from tests.flows.runs import command, contents, run, start
+from tests.flows.tiny import RECIPE, write_recipe
+from tests.real_images import write_splits
+
+TOKEN = "session-token-that-nobody-should-find"
+SMALL = (
+    "iterations=[{}]",
+    "train.model.args={layers: [1, 1, 1, 1], channels: [8, 8, 8, 8]}",
+    "train.labeled_batch=8",
+    "train.epochs=1",
+    "teacher.epochs=1",
+    "student.epochs=1",
+    "student.batch_ratio=1",
+    "select.min_confidence=0.0",
+    "select.on_empty_class=skip",
+    "select.images_per_class=12",
+    "data.shard_images=10",
+)
+
+
+def nst(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
+    """A command in a folder of its own; its output, both streams."""
+    line = [sys.executable, "-m", "flows.cli", *arguments]
+    python = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(
+        line, cwd=cwd, env={**os.environ, **python, **environment}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def holding(secrets: tuple[str, ...], files: dict[str, bytes]) -> list[str]:
+    return [name for name, data in files.items() if any(secret.encode() in data for secret in secrets)]
+
+
+def test_a_run_in_a_bucket_ends_with_the_artifacts_of_one_on_disk_and_shows_no_secret(
+    s3: str, finished: Path, tmp_path: Path
+) -> None:
+    """Through Prefect's API: neither objects, Prefect's database, output nor errors hold the secret or its token."""
+    home = tmp_path / "prefect"
+    environment = {"PREFECT_HOME": str(home), "PREFECT_LOGGING_LEVEL": "DEBUG", "PREFECT_SERVER_LOGGING_LEVEL": "DEBUG"}
+    output = run(command(s3, prefect="ephemeral"), **environment)
+    assert contents(s3) == contents(finished)
+    store = Store(s3)
+    assert verify_all(store).problems == []
+    assert store.paths("leases") == store.paths("gc") == store.paths("probes") == []
+    assert "all is as it was written" in nst("verify", "--all", "--store", s3, cwd=tmp_path)
+    assert f"report: {tmp_path}/report.html" in nst("report", "digits", "--store", s3, cwd=tmp_path)
+    entry = get(store, "report", resolve_ref(store, "digits/report").key).file("report.html")
+    assert (tmp_path / "report.html").read_bytes() == store.read_verified(entry.path, entry.sha256)
+    nst("export", "digits/1/student", "model", "--store", s3, cwd=tmp_path)
+    assert (tmp_path / "model/model.safetensors").stat().st_size > 1000
+
+    failing = {**environment, "AWS_SESSION_TOKEN": TOKEN, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    child = start(command(s3, prefect="ephemeral"), **failing)
+    error = child.communicate(timeout=120)[0]
+    assert child.returncode == 2
+    assert "cannot be reached" in error
+    files = {path: store.read_bytes(path) for path in store.paths("")}
+    files |= {str(path): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    assert any(name.endswith("prefect.db") for name in files)
+    files |= {"output": output.encode(), "error": error.encode()}
+    assert len(files) > 60
+    assert holding((SECRET_KEY, TOKEN), files) == []
+    assert holding(("digits",), files), "the search finds what is there"
+
+
+def test_stages_that_share_nothing_but_the_bucket_pass_their_work_on(s3: str, tmp_path: Path) -> None:
+    """Images in the bucket too; each stage runs in a folder, with a cache and a temporary folder of its own."""
+    images, store = Store(f"{s3}/images of mine"), Store(f"{s3}/store")
+    for path in write_splits(tmp_path / "images").iterdir():
+        images.put_file(path, path.name)
+    recipe = write_recipe(tmp_path, RECIPE)
+    names = ["prepare", "0/teacher", "0/evaluate", "1/label", "1/select", "1/student", "1/evaluate", "report"]
+    for number, name in enumerate(names):
+        machine = tmp_path / f"machine-{number}"
+        for folder in ("tmp", "work"):
+            (machine / folder).mkdir(parents=True)
+        own = {"NST_CACHE_DIR": str(machine / "cache"), "TMPDIR": str(machine / "tmp")}
+        options = [*SMALL, f"data.root={images.url}", "--store", store.url, "--prefect", "off"]
+        nst("stage", name, recipe, *options, cwd=machine / "work", **own)
+        assert list((machine / "work").iterdir()) == [], "nothing is written beside the bucket and the cache"
+        assert list((machine / "cache").glob("*/*.files")) == []
+    assert verify_all(store).problems == []
+    assert {m.kind for m in list_artifacts(store)} == {
+        "dataset",
+        "model",
+        "evaluation",
+        "labels",
+        "selection",
+        "report",
+    }
+    data = get(store, "dataset", resolve_ref(store, "tiny/prepare").key)
+    assert data.metrics["unlabeled"]["images"] == 30
+    assert len(shard_files(data, "unlabeled")) == 3
+    assert read_index(store, data, "unlabeled")["source"].to_pylist()[0] == "unlabeled.parquet:0.png"
+
+
+def test_images_that_are_missing_in_the_bucket_are_named_before_any_work(s3: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, RECIPE)
+    options = ["--store", f"{s3}/store", "--prefect", "off", f"data.root={s3}/nothing"]
+    error = nst("run", recipe, *options, cwd=tmp_path, code=2)
+    assert f"nothing matches 'labeled.parquet' in {s3}/nothing" in error.replace("\n", "")
+    assert Store(s3).paths("store/artifacts") == []
+
+
+def test_a_bucket_that_may_only_be_read_serves_readers_and_stops_a_run_at_once(
+    s3: str, s3_process: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(s3)
+    store.check_writable()
+    s3_process.add_reader("reader", "reader-secret")
+    reader = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "reader-secret"}
+    nst("ls", "--store", s3, cwd=tmp_path, **reader)
+    nst("verify", "--all", "--store", s3, cwd=tmp_path, **reader)
+    nst("gc", "--store", s3, cwd=tmp_path, **reader)
+    for line in (["run", "digits"], ["gc", "--delete"]):
+        error = nst(*line, "--store", s3, cwd=tmp_path, code=2, **reader)
+        assert "AccessDenied" in error
+        assert "may not do this; the store needs list, get, put and delete" in error
+        assert "reader-secret" not in error
+    assert store.paths("") == ["store.json"]
+    for name, value in reader.items():
+        monkeypatch.setenv(name, value)
+    assert ExternalFolder(s3, "data.root").find("store.json", "") != [], "images need no more than reading"
