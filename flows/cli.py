@@ -31,7 +31,7 @@ from flows.terminal import (
 )
 from models.launch import WorkerFailed
 from storage.artifacts import find
-from storage.errors import UserError
+from storage.errors import UserError, explained
 from storage.objects import Store
 from storage.runs import read_run
 from tasks.results import result_records
@@ -196,7 +196,11 @@ def main() -> None:
                 f"[red]error:[/] {escape(error.format_message().rstrip('.'))}; see nst --help", highlight=False
             )
             sys.exit(EXIT_USER_ERROR)
-        raise
+        known = explained(error)
+        if known is None:
+            raise
+        errors.print(f"[red]error:[/] {escape(str(known))}", highlight=False)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _exit_on_signal(signum: int, frame: object) -> None:

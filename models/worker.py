@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from models.launch import RECORD_PREFIX, STOPPED_EXIT_CODE
-from storage.errors import UserError
+from storage.errors import UserError, explained
 
 PR_SET_PDEATHSIG = 1
 PROGRESS_INTERVAL_S = 0.3
@@ -67,7 +67,8 @@ def main() -> int:
         result = getattr(importlib.import_module(module), name)(job["spec"], worker)
     except Stopped:
         return STOPPED_EXIT_CODE
-    except Exception as error:
+    except Exception as caught:
+        error = explained(caught) or caught
         worker.emit(
             {
                 "error": {

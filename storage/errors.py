@@ -1,5 +1,7 @@
 """The two kinds of failure that people see: their input is wrong, or the store is."""
 
+import errno
+
 
 class UserError(Exception):
     """Bad input: one line that says what was wrong, what was found and what to do. Never retried."""
@@ -15,3 +17,25 @@ class MissingObject(StoreError):
 
 class DamagedObject(StoreError):
     """An object's bytes are not those that were written."""
+
+
+def explained(error: BaseException) -> UserError | None:
+    """A full disk or quota as a line that a user can act on; None for every other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" ({error.filename})" if error.filename else ""
+        return StoreError(
+            f"the disk is full{place}: {error.strerror}. Free some space; the store's folder, NST_CACHE_DIR (files in the "
+            "making for a bucket) and TMPDIR may each be moved to another disk. Nothing is lost: run again"
+        )
+    return None
+
+
+def refuse_credentials(url: str, setting: str) -> str:
+    """The URL. Raises UserError on one with a user or a password in it, without repeating them."""
+    host = url.partition("://")[2].partition("/")[0]
+    if "@" in host:
+        raise StoreError(
+            f"{setting}: credentials must not be part of a URL; they come from the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL)"
+        )
+    return url

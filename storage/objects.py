@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from storage.backend import Backend, ObjectInfo
 from storage.cache import Cache, node_cache
-from storage.errors import DamagedObject, MissingObject, StoreError
+from storage.errors import DamagedObject, MissingObject, StoreError, refuse_credentials
 from storage.keys import digest
 from storage.local import LocalBackend
 
@@ -323,6 +323,7 @@ class Store:
 
 def open_backend(url: str) -> Backend:
     """The kind of store that a URL names. Raises StoreError on a URL that names none."""
+    refuse_credentials(url, "store")
     scheme = url.partition("://")[0] if "://" in url else "file"
     if not url:
         raise StoreError("the store's URL is empty; give a folder, a file:// URL or an s3:// URL with --store")

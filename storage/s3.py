@@ -333,13 +333,10 @@ class S3Backend:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Bucket and prefix. Raises StoreError on a URL without a bucket, with credentials, or with `.` or `..` steps."""
+    """Bucket and prefix. Raises StoreError on a URL without a bucket, or with `.` or `..` steps."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    if "@" in bucket or ":" in bucket:
-        raise StoreError(
-            "store s3://...: a bucket's name has no '@' or ':'; credentials and endpoint come from the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL), never from the URL"
-        )
+    if ":" in bucket:
+        raise StoreError(f"store {url}: a bucket's name has no ':'; the endpoint comes from AWS_ENDPOINT_URL")
     if not bucket:
         raise StoreError(f"store {url}: the bucket is missing; write s3://BUCKET/PREFIX")
     steps = [step for step in prefix.split("/") if step]

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from models.compute import group_shards
 from models.worker import Stopped, Worker
 from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, publish_part
-from storage.errors import UserError
+from storage.errors import UserError, refuse_credentials
 from storage.images import ImageError, decode_rgb, image_extension
 from storage.keys import Config, digest
 from storage.objects import Store
@@ -35,7 +35,7 @@ class PrepareConfig(Config):
     not_in_key: ClassVar[tuple[str, ...]] = ("root",)
 
     source: Literal["parquet", "digits"] = "parquet"
-    root: str = Field(".", description="folder of the files; no part of the key")
+    root: str = Field(".", description="folder or s3:// URL of the files; no part of the key")
     labeled: str = Field("labeled*.parquet", description="file, pattern or folder of the labeled images")
     val: str = Field("val*.parquet", description="validation images: settings are chosen on these")
     test: str = Field("test*.parquet", description="test images: reported on, never chosen on")
@@ -46,6 +46,11 @@ class PrepareConfig(Config):
     max_reject_fraction: float = Field(0.05, ge=0, le=1, description="more undecodable images of a split are an error")
     seed: int = Field(0, ge=0, description="of the labeled images' order")
     digits: DigitsConfig = DigitsConfig()
+
+    @field_validator("root")
+    @classmethod
+    def _without_credentials(cls, root: str) -> str:
+        return refuse_credentials(root, "data.root")  # before Prefect or a run record keeps it
 
 
 class ShardPlan(Config):

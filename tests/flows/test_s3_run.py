@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,16 +88,17 @@ def test_stages_that_share_nothing_but_the_bucket_pass_their_work_on(s3: str, tm
     for path in write_splits(tmp_path / "images").iterdir():
         images.put_file(path, path.name)
     recipe = write_recipe(tmp_path, RECIPE)
-    names = ["prepare", "0/teacher", "0/evaluate", "1/label", "1/select", "1/student", "1/evaluate", "report"]
-    for number, name in enumerate(names):
+    stages = [["stage", name, recipe] for name in ("prepare", "0/teacher", "1/label", "1/select")]
+    for number, line in enumerate([*stages, ["run", recipe]]):
         machine = tmp_path / f"machine-{number}"
         for folder in ("tmp", "work"):
             (machine / folder).mkdir(parents=True)
         own = {"NST_CACHE_DIR": str(machine / "cache"), "TMPDIR": str(machine / "tmp")}
         options = [*SMALL, f"data.root={images.url}", "--store", store.url, "--prefect", "off"]
-        nst("stage", name, recipe, *options, cwd=machine / "work", **own)
+        output = nst(*line, *options, cwd=machine / "work", **own)
         assert list((machine / "work").iterdir()) == [], "nothing is written beside the bucket and the cache"
         assert list((machine / "cache").glob("*/*.files")) == []
+    assert output.count(": reused") == 4, output
     assert verify_all(store).problems == []
     assert {m.kind for m in list_artifacts(store)} == {
         "dataset",
@@ -139,3 +141,46 @@ def test_a_bucket_that_may_only_be_read_serves_readers_and_stops_a_run_at_once(
     for name, value in reader.items():
         monkeypatch.setenv(name, value)
     assert ExternalFolder(s3, "data.root").find("store.json", "") != [], "images need no more than reading"
+
+
+@pytest.mark.parametrize("setting", ["store", "data.root"])
+def test_credentials_in_a_url_are_refused_before_anything_keeps_them(setting: str, tmp_path: Path) -> None:
+    url = "s3://key:hidden-secret@bucket/images"
+    line = ["run", "cifar10", *([f"data.root={url}"] if setting == "data.root" else ["--store", url])]
+    error = nst(*line, cwd=tmp_path, code=2, PREFECT_HOME=str(tmp_path / "prefect"))
+    assert f"{setting}: credentials must not be part of a URL" in error
+    assert "hidden-secret" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 400 KB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    mounted = subprocess.run(line, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("kind", ["store", "cache"])
+def test_a_full_disk_in_the_middle_of_a_stage_is_one_line_and_more_room_lets_it_go_on(
+    s3: str, small_disk: Path, tmp_path: Path, kind: str
+) -> None:
+    """The store's own disk, or the one on which files for a bucket are made."""
+    store = str(small_disk / "store") if kind == "store" else s3
+    environment = {"NST_CACHE_DIR": str(small_disk / "cache")} if kind == "cache" else {}
+    line = ["stage", "prepare", "digits", "data.shard_images=1000", "--prefect", "off", "--store", store]
+    error = nst(*line, cwd=tmp_path, code=2, **environment)
+    assert "No space left on device" in error
+    assert "ree some space" in error
+    assert "Traceback" not in error
+    assert list_artifacts(Store(store)) == []
+    assert verify_all(Store(store)).problems == []
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    nst(*line, cwd=tmp_path, **environment)
+    assert [m.kind for m in list_artifacts(Store(store))] == ["dataset"]
+    assert verify_all(Store(store)).problems == []
