@@ -29,7 +29,7 @@ from storage.objects import Store
 from storage.verify import verify_all
 from tests.flows.runs import TINY
 
-LONGEST_S = 16.0
+LONGEST_S = 30.0
 GONE_S = 20.0
 
 

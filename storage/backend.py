@@ -3,7 +3,7 @@
 Everything above (records, artifacts, parts, refs, verify, gc) is written once, on these few calls.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +45,8 @@ class Backend(Protocol):
         """`size` bytes at `offset`, or fewer at the object's end."""
         ...
 
-    def stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str = "") -> None:
-        """Give the object's `size` bytes to `consume`, in order, in blocks; memory does not grow with the object.
+    def blocks(self, path: str, size: int, tag: str = "") -> Iterator[bytes]:
+        """The object's `size` bytes in order, in blocks, some read ahead; memory does not grow with the object.
 
         With `tag` (of a listing) raises StoreError where the object was replaced since.
         """

@@ -29,7 +29,7 @@ HASH_BLOCK_BYTES = 4 << 20
 LOCKS = 64  # downloads are locked by digest, modulo this
 ATTEMPTS = 3  # a copy may be evicted or found bad between two looks; bytes may be altered on their way
 
-Fill = Callable[[Callable[[bytes], object]], None]
+Fill = Callable[[], Iterator[bytes]]
 
 
 class Cache:
@@ -40,7 +40,7 @@ class Cache:
         self._trusted: dict[str, tuple[int, int, int]] = {}  # copies whose digest this process has checked
 
     def open(self, sha256: str, size: int, fill: Fill, verify: bool = True) -> int:
-        """A handle of the copy, to be closed by the caller; `fill(write)` brings the bytes where there is none.
+        """A handle of the copy, to be closed by the caller; `fill()` brings the bytes where there is none.
 
         With `verify` a copy that is there is hashed before its first use by this process; leave it out where every
         read is checked anyway. A bad copy is replaced. Raises DamagedObject where the bytes that come are not those of
@@ -127,14 +127,12 @@ class Cache:
         with self._held(self._folder("making") / uuid.uuid4().hex, size) as stream:
             digest, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
 
-            def write(data: bytes) -> None:
+            for block in fill():
                 with self._naming_full_disk():
-                    stream.write(data)
-                digest.update(data)
+                    stream.write(block)
+                digest.update(block)
                 if not sha256:
-                    md5.update(data)
-
-            fill(write)
+                    md5.update(block)
             with self._naming_full_disk():
                 stream.flush()
             found = digest.hexdigest()

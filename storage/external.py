@@ -81,8 +81,8 @@ class ExternalFolder:
             return
         cache = node_cache()
 
-        def fill(write: Callable[[bytes], object]) -> None:
-            self._backend.stream(file.name, file.bytes, write, file.tag)
+        def fill() -> Iterator[bytes]:
+            return self._backend.blocks(file.name, file.bytes, file.tag)
 
         name = f"{self._backend.url}/{file.name}|{file.tag}|{file.bytes}"
         with cache.private_folder() as folder:

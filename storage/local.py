@@ -60,11 +60,11 @@ class LocalBackend:
         with self._reading(path), (self.root / path).open("rb") as stream:
             return os.pread(stream.fileno(), size, offset)
 
-    def stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str = "") -> None:
+    def blocks(self, path: str, size: int, tag: str = "") -> Iterator[bytes]:
         """An object in blocks."""
         with self._reading(path), (self.root / path).open("rb") as stream:
             while block := stream.read(BLOCK_BYTES):
-                consume(block)
+                yield block
 
     def create(self, path: str, data: bytes) -> bool:
         """A hard link of a synced temporary file: of any number of writers exactly one wins."""

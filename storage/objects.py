@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -212,8 +212,13 @@ class Store:
     def hash_object(self, entry: Located) -> str:
         """The sha256 of an object as it lies in the store, no cache asked."""
         found = hashlib.sha256()
-        self._backend.stream(checked(entry.path), entry.bytes, found.update)
+        for block in self.blocks(entry):
+            found.update(block)
         return found.hexdigest()
+
+    def blocks(self, entry: Located) -> Iterator[bytes]:
+        """An object in order, in blocks, unverified: the caller checks them."""
+        return self._backend.blocks(checked(entry.path), entry.bytes)
 
     @contextmanager
     def local_copy(self, entry: Located) -> Iterator[Path]:
@@ -244,7 +249,7 @@ class Store:
         """A handle for random reads of an object whose every read is checked: the file itself, or a cached copy."""
         if self.root is None:
             with self._naming(entry):
-                return node_cache().open(entry.sha256, entry.bytes, self._fill(entry), verify=False)
+                return node_cache().open(entry.sha256, entry.bytes, lambda: self.blocks(entry), verify=False)
         try:
             return os.open(self.local_path(entry.path), os.O_RDONLY)
         except FileNotFoundError:
@@ -264,10 +269,7 @@ class Store:
 
     def _link(self, cache: Cache, entry: Located, target: Path) -> None:
         with self._naming(entry):
-            cache.link(entry.sha256, entry.bytes, self._fill(entry), target)
-
-    def _fill(self, entry: Located) -> Callable[[Callable[[bytes], object]], None]:
-        return lambda write: self._backend.stream(checked(entry.path), entry.bytes, write)
+            cache.link(entry.sha256, entry.bytes, lambda: self.blocks(entry), target)
 
     def _check_local(self, entry: Located, path: Path) -> None:
         """Hash a local file, once a process and state of the file."""

@@ -15,7 +15,9 @@ import os
 import random
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,9 +108,26 @@ class S3Backend:
         """A ranged GET; the server's checksum is of the whole object, so the caller has to check the bytes."""
         return self._call(path, lambda s3: self._get(s3, path, offset, size))
 
-    def stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str = "") -> None:
-        """Ranges read ahead in parallel, consumed in order in a thread beside them."""
-        sync(self._loop, self._stream, path, size, consume, tag)
+    def blocks(self, path: str, size: int, tag: str = "") -> Iterator[bytes]:
+        """Ranges read ahead side by side, each tried again by itself."""
+
+        def start(offset: int) -> "Future[bytes]":
+            span = min(BLOCK_BYTES, size - offset)
+            work = self._retried(path, lambda s3: self._get(s3, path, offset, span, tag))
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+        offsets = iter(range(0, size, BLOCK_BYTES))
+        ahead = deque(start(offset) for offset in itertools.islice(offsets, BLOCKS_AHEAD))
+        try:
+            while ahead:
+                block = ahead.popleft().result()
+                following = next(offsets, None)
+                if following is not None:
+                    ahead.append(start(following))
+                yield block
+        finally:
+            for request in ahead:
+                request.cancel()
 
     def create(self, path: str, data: bytes) -> bool:
         """One conditional PUT, marked with a token of its own.
@@ -192,24 +211,6 @@ class S3Backend:
         if len(data) != answer["ContentLength"]:
             raise ConnectionError(f"{len(data)} of {answer['ContentLength']} bytes came")
         return data
-
-    async def _stream(self, path: str, size: int, consume: Callable[[bytes], object], tag: str) -> None:
-        def start(offset: int) -> "asyncio.Task[bytes]":
-            span = min(BLOCK_BYTES, size - offset)
-            return asyncio.ensure_future(self._retried(path, lambda s3: self._get(s3, path, offset, span, tag)))
-
-        offsets = iter(range(0, size, BLOCK_BYTES))
-        ahead = [start(offset) for offset in itertools.islice(offsets, BLOCKS_AHEAD)]
-        try:
-            while ahead:
-                block = await ahead.pop(0)
-                following = next(offsets, None)
-                if following is not None:
-                    ahead.append(start(following))
-                await asyncio.to_thread(consume, block)
-        finally:
-            for task in ahead:
-                task.cancel()
 
     async def _upload(self, source: Path, path: str) -> None:
         size, name = source.stat().st_size, {"Bucket": self.bucket, "Key": self._key(path)}

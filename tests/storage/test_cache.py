@@ -30,9 +30,9 @@ print("begins", flush=True)
 for _ in range(rounds):
     number = rng.randrange(12)
     data = bytes([number]) * 40_000
-    def fill(write):
+    def fill():
         for start in range(0, len(data), 1000):
-            write(data[start : start + 1000])
+            yield data[start : start + 1000]
     sha = hashlib.sha256(data).hexdigest()
     with cache.private_folder() as folder:
         cache.link(sha, len(data), fill, folder / "copy")
@@ -49,12 +49,12 @@ class Source:
         self.names = list(self.data)
         self.fetched: list[str] = []
 
-    def fill(self, sha256: str) -> Callable[[Callable[[bytes], object]], None]:
-        def bring(write: Callable[[bytes], object]) -> None:
+    def fill(self, sha256: str) -> Callable[[], Iterator[bytes]]:
+        def bring() -> Iterator[bytes]:
             self.fetched.append(sha256)
             data = self.data[sha256]
             for start in range(0, len(data), 30 * KB):
-                write(data[start : start + 30 * KB])
+                yield data[start : start + 30 * KB]
 
         return bring
 
@@ -135,19 +135,19 @@ def test_a_bad_copy_is_fetched_again(cache: Cache, damage: str) -> None:
 
 def test_bytes_that_come_wrong_are_fetched_again_and_never_kept(cache: Cache) -> None:
     name, good = hashlib.sha256(b"good").hexdigest(), iter([b"evil", b"good"])
-    handle = cache.open(name, 4, lambda write: write(next(good)))
+    handle = cache.open(name, 4, lambda: iter([next(good)]))
     assert os.pread(handle, 4, 0) == b"good"
     os.close(handle)
     cache.drop(name)
     with pytest.raises(DamagedObject):
-        cache.open(name, 4, lambda write: write(b"evil"))
+        cache.open(name, 4, lambda: iter([b"evil"]))
     assert copies(cache) == []
     assert list(cache.root.glob("making/*")) == []
 
 
 def test_a_failed_fetch_leaves_nothing(cache: Cache) -> None:
-    def fail(write: Callable[[bytes], object]) -> None:
-        write(b"x" * KB)
+    def fail() -> Iterator[bytes]:
+        yield b"x" * KB
         raise StoreError("the server is gone")
 
     with pytest.raises(StoreError, match="gone"):
@@ -171,7 +171,7 @@ def test_of_many_readers_one_fetches(cache: Cache) -> None:
 
 def test_an_object_larger_than_the_cache_is_named(cache: Cache) -> None:
     with pytest.raises(StoreError, match="501,000 bytes does not fit .* of 500,000 bytes; raise NST_CACHE_BYTES"):
-        cache.open("0" * 64, 501 * KB, lambda write: None)
+        cache.open("0" * 64, 501 * KB, lambda: iter([]))
 
 
 def test_a_full_disk_is_named_with_its_remedy_and_what_is_there_stays(small_disk: Path) -> None:
