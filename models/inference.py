@@ -1,6 +1,7 @@
 """Labeling: an un-noised network over whole shards, one Parquet part a shard. For pseudo labels and for evaluation."""
 
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def label_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     torch.set_num_threads(worker.threads)
     store, numerics = Store(spec["store"]), spec["numerics"]
     source = get(store, spec["source"]["kind"], spec["source"]["key"])
-    splits = {split: IndexedImages(store, source, split) for split in {split for split, _, _ in spec["parts"]}}
+    names = {split for split, _, _ in spec["parts"]}
+    splits = {split: IndexedImages(store, source, split, whole=None) for split in names}
     model, view = load_model(store, spec["model"], numerics)
     rows = {(split, name): splits[split].rows_of(name, spec["unique"]) for split, name, _ in spec["parts"]}
     done, total = 0, sum(len(found) for found in rows.values())
@@ -37,10 +39,11 @@ def label_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
             raise Stopped
         own = rows[split, name]
         if find_part(store, spec["stage"], part_key, numerics) is None:
-            probabilities = []
+            probabilities, images = [], splits[split].in_order(own)
             for start in range(0, len(own), numerics["batch"]):
                 batch = own[start : start + numerics["batch"]]
-                probabilities.append(_predict(model, splits[split], batch, view, numerics))
+                clean = clean_batch(islice(images, len(batch)), view["size"], view["crop_pct"])
+                probabilities.append(_predict(model, splits[split], batch, clean, view, numerics))
                 worker.progress(done + start + len(batch), total)
             _publish(store, spec, part_key, splits[split], own, probabilities)
         done += len(own)
@@ -68,10 +71,14 @@ def load_model(store: Store, key: str, numerics: dict[str, Any]) -> tuple[nn.Mod
 
 @torch.inference_mode()
 def _predict(
-    model: nn.Module, images: IndexedImages, rows: Any, view: dict[str, Any], numerics: dict[str, Any]
+    model: nn.Module,
+    images: IndexedImages,
+    rows: Any,
+    clean: torch.Tensor,
+    view: dict[str, Any],
+    numerics: dict[str, Any],
 ) -> np.ndarray:
-    """Probabilities of some rows, float32 [rows, classes]; the batch is padded with its first image."""
-    clean = clean_batch(images, rows, view["size"], view["crop_pct"])
+    """Probabilities of some rows with these views, float32 [rows, classes]; the batch is padded with its first image."""
     padding = numerics["batch"] - len(clean)
     if padding:
         clean = torch.cat([clean, clean[:1].expand(padding, -1, -1, -1)])

@@ -5,7 +5,7 @@ each replica, its share of labeled and unlabeled positions. So a loader may star
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,8 @@ class ReplicaBatch:
 class IndexedImages:
     """The images of one split by row: an index in memory, bytes read and verified on demand."""
 
-    def __init__(self, store: Store, manifest: Manifest, split: str) -> None:
+    def __init__(self, store: Store, manifest: Manifest, split: str, whole: bool | None = True) -> None:
+        """`whole`: read a bucket's tars from copies on this machine; None: only where all of them fit."""
         index = read_index(store, manifest, split)
         self.index = index
         self.files = shard_files(manifest, split)
@@ -56,7 +57,7 @@ class IndexedImages:
         pixels = pc.sum(pc.multiply(index["width"].cast(pa.int64()), index["height"].cast(pa.int64()))).as_py() or 0
         self._decoded: dict[int, Any] | None = {} if pixels * 3 <= CACHE_BYTES else None
         self.labels = index["label"].to_numpy()
-        self._reader = ShardReader(store, self.files, whole=True)
+        self._reader = ShardReader(store, self.files, whole)
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -79,15 +80,29 @@ class IndexedImages:
         """The decoded RGB image of a row, not to be changed. Raises StoreError where its bytes are not the index's."""
         if self._decoded is not None and row in self._decoded:
             return self._decoded[row]
-        path = self.shard_path(row)
-        data = self._reader.read(path, int(self._offset[row]), int(self._bytes[row]), self._sha256[row].as_py())
-        try:
-            image = decode_rgb(data)
-        except ImageError as error:
-            raise StoreError(f"shard {path}, sample {self.index['key'][row].as_py()}: {error}") from error
+        image = self._decode(row, self._reader.read(self.shard_path(row), *self._place(row)))
         if self._decoded is not None:
             self._decoded[row] = image
         return image
+
+    def in_order(self, rows: Sequence[int]) -> Iterator[Any]:
+        """The decoded images of rising rows of one shard, in one pass over it. Raises StoreError as `image` does."""
+        if not rows:
+            return
+        places = (self._place(row) for row in rows)
+        for row, data in zip(rows, self._reader.stream(self.shard_path(rows[0]), places), strict=True):
+            yield self._decode(row, data)
+
+    def _place(self, row: int) -> tuple[int, int, str]:
+        return int(self._offset[row]), int(self._bytes[row]), self._sha256[row].as_py()
+
+    def _decode(self, row: int, data: bytes) -> Any:
+        try:
+            return decode_rgb(data)
+        except ImageError as error:
+            raise StoreError(
+                f"shard {self.shard_path(row)}, sample {self.index['key'][row].as_py()}: {error}"
+            ) from error
 
 
 class TrainingBatches(Dataset):
@@ -197,9 +212,9 @@ def training_loader(
     return iter(loader)
 
 
-def clean_batch(images: IndexedImages, rows: Sequence[int], size: int, crop_pct: float) -> torch.Tensor:
-    """The clean views of some rows, uint8 [rows, size, size, 3]."""
-    return torch.from_numpy(np.stack([clean_view(images.image(row), size, crop_pct) for row in rows]))
+def clean_batch(images: Iterable[Any], size: int, crop_pct: float) -> torch.Tensor:
+    """The clean views of some decoded images, uint8 [images, size, size, 3]."""
+    return torch.from_numpy(np.stack([clean_view(image, size, crop_pct) for image in images]))
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -206,7 +206,7 @@ class Trainer:
         numerics = {**self.spec["numerics"], "device": self.device.split(":")[0]}
         for start in range(0, len(rows), VALIDATION_BATCH):
             some = rows[start : start + VALIDATION_BATCH]
-            images = clean_batch(self.validation, some, view["image_size"], view["crop_pct"])
+            images = clean_batch(map(self.validation.image, some), view["image_size"], view["crop_pct"])
             predicted = forward_probabilities(model, images, view, numerics).argmax(axis=1)
             correct += int((predicted == self.validation.labels[list(some)]).sum())
         if self.worker.world > 1:

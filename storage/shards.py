@@ -108,13 +108,14 @@ class ShardReader:
             return
         blocks, start, window = self._store.blocks(self._shards[path]), 0, b""
         for offset, size, sha256 in places:
+            pieces = []  # a sample may lie across blocks
             while start + len(window) < offset + size:
-                block = next(blocks, b"")
-                if not block:
+                pieces.append(window[max(0, offset - start) :])
+                start, window = start + len(window), next(blocks, b"")
+                if not window:
                     break
-                keep = max(0, offset - start)
-                start, window = start + min(keep, len(window)), window[keep:] + block
-            data = window[offset - start : offset - start + size]
+            pieces.append(window[max(0, offset - start) : max(0, offset + size - start)])
+            data = b"".join(pieces)
             if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
                 data = self.read(path, offset, size, sha256)  # again, from the store: a byte may have been flipped
             yield data

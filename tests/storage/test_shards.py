@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
+from storage.cache import node_cache
 from storage.errors import MissingObject, StoreError
 from storage.objects import Store
 from storage.shards import (
@@ -30,6 +31,7 @@ from storage.shards import (
     write_parquet,
     write_tar,
 )
+from tests.fault_proxy import FaultProxy
 from tests.real_images import png
 from tests.storage.conftest import overwrite
 
@@ -224,3 +226,62 @@ def test_npy_bytes_load_without_pickle() -> None:
     assert np.array_equal(np.load(io.BytesIO(npy_bytes(array)), allow_pickle=False), array)
     with pytest.raises(ValueError, match="allow_pickle"):
         npy_bytes(np.array([{}], dtype=object))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    gaps=st.lists(st.integers(0, 60), min_size=12, max_size=12),
+    block=st.integers(1, 50),
+    taken=st.sets(st.integers(0, 11)),
+)
+def test_a_stream_gives_any_samples_whatever_the_blocks(
+    s3_store: Store, sizes: list[int], gaps: list[int], block: int, taken: set[int]
+) -> None:
+    """Samples across blocks, gaps longer than a block, empty samples."""
+    data, places = b"", []
+    for size, gap in zip(sizes, gaps, strict=False):
+        data += b"-" * gap
+        places.append((len(data), size))
+        data += bytes((len(data) + n) % 251 for n in range(size))
+    path = f"shards/{sha256(data)[:16]}.tar"
+    s3_store.create(path, data)
+    shard = FileEntry(name=path, path=path, bytes=len(data), sha256=sha256(data))
+    wanted = [
+        (offset, size, sha256(data[offset : offset + size])) for n, (offset, size) in enumerate(places) if n in taken
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("storage.s3.BLOCK_BYTES", block)
+        found = list(ShardReader(s3_store, [shard], whole=False).stream(path, wanted))
+    assert found == [data[offset : offset + size] for offset, size, _ in wanted]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stream_names_a_damaged_shard(store: Store, tmp_path: Path, whole: bool) -> None:
+    manifest = publish_split(store, tmp_path, {"val": [SAMPLES]})
+    shard = shard_files(manifest, "val")[0]
+    rows = read_index(store, manifest, "val").to_pylist()
+    places = [(row["offset"], row["bytes"], row["sha256"]) for row in rows]
+    samples = [sample.members["png"] for sample in SAMPLES]
+    assert list(ShardReader(store, [shard], whole).stream(shard.path, places)) == samples
+    data = bytearray(store.read_bytes(shard.path))
+    data[rows[3]["offset"] + 9] ^= 1
+    overwrite(store, shard.path, bytes(data))
+    node_cache().drop(shard.sha256)
+    stream = ShardReader(store, [shard], whole).stream(shard.path, places)
+    with pytest.raises(StoreError, match=f"{shard.path} is damaged"):
+        list(stream)
+
+
+def test_a_byte_that_is_flipped_in_a_stream_is_read_again(
+    s3_store: Store, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = publish_split(s3_store, tmp_path, {"val": [SAMPLES]})
+    shard = shard_files(manifest, "val")[0]
+    rows = read_index(s3_store, manifest, "val").to_pylist()
+    monkeypatch.setattr("tests.fault_proxy.FLIPPED", rows[0]["offset"] + 5)
+    fault = proxy.do("flip", method="GET", path=".tar")
+    places = [(row["offset"], row["bytes"], row["sha256"]) for row in rows]
+    found = list(ShardReader(Store(s3_store.url), [shard], whole=False).stream(shard.path, places))
+    assert fault.done == 1
+    assert found == [sample.members["png"] for sample in SAMPLES]
