@@ -20,7 +20,7 @@ from typing import Any
 from deployments.seaweedfs import BUCKET, s3_server
 
 SAMPLE = 300
-MOST_S = 60.0
+MOST_S = 90.0
 FILES = ("shard.tar", "index.parquet", "rejects.parquet")
 
 

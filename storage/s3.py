@@ -19,10 +19,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from botocore import exceptions as boto
+from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 
 from storage.backend import ObjectInfo
@@ -347,6 +349,7 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def _filesystem(**s3_settings: str) -> Any:
+    import aiobotocore.session
     import s3fs
 
     config: dict[str, Any] = {
@@ -357,7 +360,18 @@ def _filesystem(**s3_settings: str) -> Any:
     }
     if s3_settings:
         config["s3"] = s3_settings
-    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
+    session = aiobotocore.session.AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
+    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, session=session, config_kwargs=config)
+
+
+def _timestamp(value: Any) -> datetime:
+    """botocore's own way takes two thirds of the time of a listing."""
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):  # the form of HTTP headers
+        parsed: datetime = parse_timestamp(value)
+        return parsed
 
 
 def _read_part(source: Path, offset: int, size: int) -> bytes:
