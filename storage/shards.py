@@ -49,12 +49,17 @@ class ShardSample:
 def write_tar(path: Path, samples: Iterable[ShardSample]) -> list[dict[str, tuple[int, int]]]:
     """Write samples as a WebDataset tar; same samples, same bytes (no time, owner or mode of this machine).
 
-    Returns for each sample the offset and size of each member's bytes, by extension.
+    Returns for each sample the offset and size of each member's bytes, by extension. Raises StoreError on a key that
+    would leave the folder in which somebody unpacks the tar. (Members are never unpacked here: they are read by offset.)
     """
     places: list[dict[str, tuple[int, int]]] = []
     with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for sample in samples:
             place = {}
+            if sample.key.startswith("/") or {"..", "."} & set(sample.key.split("/")):
+                raise StoreError(
+                    f"{path.name}: sample key {sample.key!r} leaves the shard; keys are relative, without '..'"
+                )
             for extension, data in sample.members.items():
                 info = tarfile.TarInfo(f"{sample.key}.{extension}")
                 info.size, info.mode, info.mtime = len(data), 0o444, 0

@@ -193,11 +193,10 @@ def test_an_interrupted_run_says_what_was_not_finished(project: Project) -> None
 
 def test_a_raised_stage_version_is_named(project: Project) -> None:
     finish(project.resolve(), "prepare")
-    path = project.store.local_path("runs/tiny/1.json")
-    record = json.loads(path.read_text())
+    record = project.store.read_record("runs/tiny/1.json")
     old = next(node for node in record["nodes"] if node["name"] == "0/teacher")
     old.update(version=0, key="k" * 32, config={**old["config"], "gone_since": 3})
-    path.write_text(json.dumps(record))
+    project.store.replace_record("runs/tiny/1.json", record)
     found = reasons(project.resolve())["0/teacher"]
     assert "stage train changed: version 0 -> 1" in found
     assert "teacher.gone_since: 3 -> None" in found

@@ -285,3 +285,28 @@ def test_a_byte_that_is_flipped_in_a_stream_is_read_again(
     found = list(ShardReader(Store(s3_store.url), [shard], whole=False).stream(shard.path, places))
     assert fault.done == 1
     assert found == [sample.members["png"] for sample in SAMPLES]
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/x", ".."])
+def test_a_key_that_leaves_the_shard_is_never_written(tmp_path: Path, key: str) -> None:
+    with pytest.raises(StoreError, match="leaves the shard"):
+        write_tar(tmp_path / "shard.tar", [ShardSample(key, {"png": png(1)})])
+
+
+def test_a_member_named_with_dots_is_read_by_its_place_and_unpacked_nowhere(store: Store, tmp_path: Path) -> None:
+    """A tar that others wrote: names of its members are never used as paths."""
+    names, path = ["../../escaped.png", "/tmp/escaped.png", "a\nb ü 猫.png"], tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(png(1))
+            tar.addfile(info, io.BytesIO(png(1)))
+    with tarfile.open(path) as tar:
+        places = [(member.offset_data, member.size, sha256(png(1))) for member in tar]
+    shard = FileEntry(name="evil.tar", path="evil.tar", bytes=path.stat().st_size, sha256=sha256(path.read_bytes()))
+    before = set(tmp_path.rglob("*.png"))
+    store.put_file(path, "evil.tar")
+    for whole in (True, False):
+        assert list(ShardReader(store, [shard], whole).stream("evil.tar", places)) == [png(1)] * 3
+    assert set(tmp_path.rglob("*.png")) == before
+    assert not Path("/tmp/escaped.png").exists()
