@@ -116,10 +116,11 @@ def soak(root: str, folder: Path, kills: int, rng: random.Random) -> dict[str, o
             finished = not hit
             check(store, reference, whole=finished)
         completed += 1
-        left = survey(store, days=0)
-        collect(store, days=0)
+        sweep = collect(store, days=0)
         check(store, reference, whole=True)
-        print(f"run {number} is whole; gc deleted {len(left.garbage)} leftovers of the dead", flush=True)
+        if sweep.spared or survey(store, days=0).garbage:
+            sys.exit(f"FAILED: gc left garbage; leases {sweep.leases}")
+        print(f"run {number} is whole; gc deleted {len(sweep.garbage)} leftovers of the dead", flush=True)
     return {"kills": done, "completed_runs": completed, "minutes": round((time.monotonic() - began) / 60, 1)}
 
 

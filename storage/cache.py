@@ -171,7 +171,9 @@ class Cache:
         used = int(counter.read_text() or 0) if counter.exists() else self.limit_bytes  # unknown: count
         if used + size > self.limit_bytes:
             used = self._evict(size)
-        counter.write_text(str(used + size))
+        written = self.root / "used.new"
+        written.write_text(str(used + size))
+        os.replace(written, counter)
 
     def _evict(self, size: int) -> int:
         """Delete the copies used least recently until `size` fits; returns the bytes that are left."""

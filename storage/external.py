@@ -32,6 +32,8 @@ class ExternalFolder:
 
     def __init__(self, url: str, setting: str) -> None:
         self._backend = open_backend(url)
+        if isinstance(self._backend, LocalBackend):
+            self._backend = LocalBackend(url, follow_links=True)  # people lay out their data with links
         self._setting = setting
         self.root = self._backend.root if isinstance(self._backend, LocalBackend) else None
 

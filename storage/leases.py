@@ -6,6 +6,7 @@ once, at least one sees the other: the run waits for the sweep's end, gc leaves 
 by the store's clock: the time of the looker's own record against the other's.
 """
 
+import functools
 import logging
 import os
 import socket
@@ -13,9 +14,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from storage.errors import StoreError, UserError
+from storage.errors import MissingObject, StoreError, UserError
 from storage.keys import Config
 from storage.objects import Store
 
@@ -23,6 +25,7 @@ LEASES, SWEEP = "leases", "gc/sweep.json"
 RENEW_S = 60.0
 TTL_S = 600.0  # a holder that is silent for longer is dead
 POLL_S = 1.0
+JOIN_S = 5.0
 
 log = logging.getLogger("nst.store")
 
@@ -32,7 +35,13 @@ class Lease(Config):
 
     holder: str
     what: str
+    machine: str = ""
+    pid: int = 0
     renewals: int = 0
+
+    def is_dead(self) -> bool:
+        """Whether its process surely has ended: only told of one that would be seen from here."""
+        return bool(self.machine) and self.machine == _machine() and not Path(f"/proc/{self.pid}").exists()
 
 
 @contextmanager
@@ -41,7 +50,7 @@ def at_work(store: Store, what: str) -> Iterator[None]:
     path = f"{LEASES}/{uuid.uuid4().hex}.json"
     with _kept(store, path, what):
         told = False
-        while (sweep := _age(store, SWEEP, path)) is not None and sweep < TTL_S:
+        while _is_held(store, SWEEP, path):
             if not told:
                 log.warning("waiting for `nst gc` on %s to end", store.url)
             told = True
@@ -56,8 +65,9 @@ def sweeping(store: Store) -> Iterator[tuple[float, list[Lease]]]:
     own = f"gc/{uuid.uuid4().hex}.json"
     store.create_record(own, _lease("clock"))
     try:
-        age = _age(store, SWEEP, own)
-        if age is not None and age >= TTL_S:
+        if store.exists(SWEEP) and not _is_held(store, SWEEP, own):  # of a gc that was killed
+            if not store.create_record(f"gc/takeover-{_modified(store, SWEEP):.0f}.json", _lease("gc")):
+                raise UserError(f"another `nst gc` on {store.url} has just begun; wait for it to end")
             store.delete(SWEEP)
         if not store.create_record(SWEEP, _lease("gc")):
             raise UserError(f"another `nst gc` is at work on {store.url}; wait for it to end")
@@ -76,7 +86,7 @@ def live_leases(store: Store, now: float) -> list[Lease]:
             found.append(store.read_as(path, Lease))
         except StoreError:
             continue  # given back since it was listed
-    return found
+    return [lease for lease in found if not lease.is_dead()]
 
 
 @contextmanager
@@ -96,23 +106,45 @@ def _kept(store: Store, path: str, what: str) -> Iterator[None]:
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
+    store_failed = False
     try:
         yield
+    except StoreError:
+        store_failed = True  # do not wait for it a second time: the lease runs out
+        raise
     finally:
         finished.set()
-        thread.join()
-        store.delete(path)
+        thread.join(JOIN_S)
+        if not store_failed:
+            with suppress(StoreError):
+                store.delete(path)
 
 
 def _lease(what: str, renewals: int = 0) -> Lease:
-    return Lease(holder=f"{socket.gethostname()}:{os.getpid()}", what=what, renewals=renewals)
+    holder = f"{socket.gethostname()}:{os.getpid()}"
+    return Lease(holder=holder, what=what, machine=_machine(), pid=os.getpid(), renewals=renewals)
+
+
+@functools.cache
+def _machine() -> str:
+    """Names the processes that this one can see: the machine since its start, and the namespace of its process ids."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
 
 
 def _modified(store: Store, path: str) -> float:
     return next(info.modified for info in store.infos(path.rsplit("/", 1)[0]) if info.path == path)
 
 
-def _age(store: Store, path: str, clock: str) -> float | None:
-    """How long before the record `clock` another was written, in seconds; None where it is not there."""
+def _is_held(store: Store, path: str, clock: str) -> bool:
+    """Whether a lease is there, was renewed less than `TTL_S` before the record `clock`, and its holder is not dead."""
     infos = {info.path: info.modified for place in (path, clock) for info in store.infos(place.rsplit("/", 1)[0])}
-    return infos[clock] - infos[path] if path in infos and clock in infos else None
+    if path not in infos or infos[clock] - infos[path] >= TTL_S:
+        return False
+    try:
+        return not store.read_as(path, Lease).is_dead()
+    except MissingObject:
+        return False

@@ -23,14 +23,15 @@ PLACE_ATTEMPTS = 20
 class LocalBackend:
     """Objects as files below a root folder."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, follow_links: bool = False) -> None:
         self.root = local_root(url)
+        self._follow_links = follow_links
         self.url = self.root.as_uri()
 
     def scan(self, prefix: str) -> Iterator[ObjectInfo]:
         """All files below a folder; a folder that is not there has none."""
         staging = self.root / STAGING
-        for folder, folders, names in os.walk(self.root / prefix):
+        for folder, folders, names in os.walk(self.root / prefix, followlinks=self._follow_links):
             if Path(folder) == self.root and STAGING in folders:
                 folders.remove(STAGING)
             if Path(folder) != staging:

@@ -54,6 +54,16 @@ def test_a_pattern_finds_the_same_files_on_disk_and_in_a_bucket(
     assert [file.name for file in folder.find(pattern, ".parquet")] == names
 
 
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.parquet").write_bytes(b"x")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/crawl").symlink_to(tmp_path / "elsewhere")
+    folder = ExternalFolder(str(tmp_path / "root"), "data.root")
+    for pattern in ("crawl/*.parquet", "*/a.parquet", "**/*.parquet", "crawl"):
+        assert [file.name for file in folder.find(pattern, ".parquet")] == ["crawl/a.parquet"]
+
+
 def test_a_pattern_that_leaves_the_folder_is_refused(folder: ExternalFolder) -> None:
     with pytest.raises(UserError, match=r"leaves data\.root"):
         folder.find("../x/*.parquet", ".parquet")

@@ -1,3 +1,6 @@
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -178,6 +181,26 @@ def test_the_leases_and_the_sweep_of_the_dead_do_not_block(store: Store, monkeyp
         pass
     assert collect(store, days=0).leases == []
     assert list_artifacts(store) == []
+
+
+def test_the_lease_of_a_process_that_was_killed_here_does_not_block_at_all(store: Store) -> None:
+    program = (
+        "import os, signal, sys\nfrom storage.leases import at_work\nfrom storage.objects import Store\n"
+        "with at_work(Store(sys.argv[1]), 'cats'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, store.url])
+    assert done.returncode == -signal.SIGKILL
+    assert len(store.paths("leases")) == 1
+    make_lineage(store)
+    assert collect(store, days=0).leases == []
+    assert list_artifacts(store) == []
+
+
+def test_a_run_that_fails_gives_its_lease_back(store: Store) -> None:
+    for failure in (UserError("wrong"), KeyboardInterrupt()):
+        with pytest.raises(type(failure)), at_work(store, "cats"):
+            raise failure
+        assert store.paths("leases") == []
 
 
 def test_a_lease_is_renewed_while_its_run_lives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
