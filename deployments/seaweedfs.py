@@ -66,7 +66,12 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     environment = {"GOMEMLIMIT": "400MiB", "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            line, env={**os.environ, **environment}, stdout=output, stderr=output, preexec_fn=_die_with_parent
+            line,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=output,
+            preexec_fn=_die_with_parent,
+            start_new_session=True,  # Ctrl-C is for the command; the server is still needed while that stops
         )
     server = S3Server(f"http://127.0.0.1:{ports['s3']}", f"127.0.0.1:{ports['master']}")
     try:
@@ -144,7 +149,10 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit("usage: python -m deployments.seaweedfs FOLDER COMMAND ...")
     with s3_server(Path(sys.argv[1])) as server:
-        code = subprocess.run(sys.argv[2:], env={**os.environ, **server.environment}).returncode
+        command = subprocess.Popen(sys.argv[2:], env={**os.environ, **server.environment})
+        signal.signal(signal.SIGINT, lambda number, frame: None)  # the command gets Ctrl-C too, and may save its work
+        signal.signal(signal.SIGTERM, lambda number, frame: command.terminate())
+        code = command.wait()
     sys.exit(code)
 
 

@@ -1,12 +1,11 @@
 """Checkpoints of a training in the making: below the artifact's folder, under the attempt's id, named by content."""
 
-import io
 from typing import Any
 
 import torch
 
-from storage.artifacts import attempts_folder
-from storage.errors import DamagedObject
+from storage.artifacts import FileEntry, attempts_folder
+from storage.errors import DamagedObject, MissingObject
 from storage.keys import file_sha256
 from storage.objects import Store
 
@@ -32,12 +31,19 @@ def list_checkpoints(store: Store, key: str) -> list[str]:
 
 
 def load_checkpoint(store: Store, path: str) -> dict[str, Any] | None:
-    """The checkpoint, tensors and plain values only; None where its bytes do not match its name."""
-    try:
-        data = store.read_verified(path, path.removesuffix(".pt").rsplit("-", 1)[1])
-    except DamagedObject:
+    """The checkpoint, tensors and plain values only; None where its bytes do not match its name, or it is gone.
+
+    (Another attempt at the same model may delete its own at any time.) Ranks of a node share one download.
+    """
+    size = store.sizes([path]).get(path)
+    if size is None:
         return None
-    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    entry = FileEntry(name=path, path=path, bytes=size, sha256=path.removesuffix(".pt").rsplit("-", 1)[1])
+    try:
+        with store.local_copy(entry) as local:
+            state: dict[str, Any] = torch.load(local, weights_only=True, map_location="cpu")
+    except (DamagedObject, MissingObject, FileNotFoundError):
+        return None
     return state
 
 

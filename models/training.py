@@ -33,12 +33,13 @@ from models.replicas import ReplicaBuffers, WeightAverage
 from models.schedule import ema_decay, learning_rate, total_steps
 from models.worker import Stopped, Worker
 from storage.artifacts import artifact_folder, get, publish_file
-from storage.errors import UserError
+from storage.errors import StoreError, UserError
 from storage.keys import digest
 from storage.objects import Store
 from storage.shards import write_parquet
 
 RECORDS = 100  # rows of the history table, about
+RESUME_ATTEMPTS = 5
 VALIDATION_BATCH = 64
 
 
@@ -236,21 +237,37 @@ class Trainer:
 
     def _resume(self) -> int:
         """Take up the most advanced whole checkpoint of any attempt; every rank takes the same. Returns its step."""
-        found: list[Any] = [None]
-        if self.worker.rank == 0:
-            paths = checkpoints.list_checkpoints(self.store, self.spec["key"])
-            found = [next((p for p in paths if checkpoints.load_checkpoint(self.store, p) is not None), None)]
-        if self.worker.world > 1:
-            dist.broadcast_object_list(found)
-        if found[0] is None:
+        state = self._agreed_checkpoint()
+        if state is None:
             return 0
-        state = checkpoints.load_checkpoint(self.store, found[0])
-        assert state is not None  # verified by rank 0 just now
         self.model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.step = state["history"], state["step"]
         return self.step
+
+    def _agreed_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint that all ranks could read; another attempt may delete its own between two looks."""
+        for _ in range(RESUME_ATTEMPTS):
+            state, found = None, [""]
+            if self.worker.rank == 0:
+                for path in checkpoints.list_checkpoints(self.store, self.spec["key"]):
+                    state = checkpoints.load_checkpoint(self.store, path)
+                    if state is not None:
+                        found = [path]
+                        break
+            if self.worker.world == 1:
+                return state
+            dist.broadcast_object_list(found)
+            if not found[0]:
+                return None
+            if self.worker.rank != 0:
+                state = checkpoints.load_checkpoint(self.store, found[0])
+            missing = torch.tensor([float(state is None)], device=self.device)
+            dist.all_reduce(missing, op=dist.ReduceOp.MAX)
+            if not missing.item():
+                return state
+        raise StoreError("checkpoints vanish as fast as they are listed; is the same training at work elsewhere?")
 
     def _publish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Rank 0 writes the weight average as the model, and the history. Both are files of the artifact."""

@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -27,6 +28,8 @@ from storage.errors import DamagedObject, StoreError, UserError
 DEFAULT_BYTES = 20_000_000_000
 HASH_BLOCK_BYTES = 4 << 20
 LOCKS = 64  # downloads are locked by digest, modulo this
+ROOM_S, ROOM_POLL_S = 600.0, 0.1  # others' downloads come to an end
+SHA256 = re.compile("[0-9a-f]{64}")
 ATTEMPTS = 3  # a copy may be evicted or found bad between two looks; bytes may be altered on their way
 
 Fill = Callable[[], Iterator[bytes]]
@@ -49,7 +52,7 @@ class Cache:
         for _ in range(ATTEMPTS):
             try:
                 handle = os.open(self._place(sha256), os.O_RDONLY)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._download(sha256, size, fill)
                 continue
             if self._is_whole(handle, sha256, size, verify):
@@ -86,19 +89,22 @@ class Cache:
         Raises DamagedObject where bytes come that have another `md5`, unless the same ones come twice: then the tag was
         no MD5 (encrypted objects).
         """
-        note = self._folder("names") / hashlib.sha256(name.encode()).hexdigest()
-        if note.exists():
-            return note.read_text()
-        seen: set[str] = set()
-        for _ in range(ATTEMPTS):
-            sha256, found = self._try_download("", size, fill)
-            if not md5 or found == md5 or sha256 in seen:
-                with self._held(self._folder("making") / uuid.uuid4().hex) as stream:
-                    Path(stream.name).write_text(sha256)
-                    os.replace(stream.name, note)
-                return sha256
-            seen.add(sha256)
+        note, seen = self._note(name), set[str]()
+        with self._locked(f"get-{int(note.name[:8], 16) % LOCKS}"):
+            if note.exists() and SHA256.fullmatch(known := note.read_text()):
+                return known
+            for _ in range(ATTEMPTS):
+                sha256, found = self._try_download("", size, fill)
+                if not md5 or found == md5 or sha256 in seen:
+                    with self._naming_full_disk():
+                        _write_whole(note, sha256)
+                    return sha256
+                seen.add(sha256)
         raise DamagedObject("other bytes come each time it is read")
+
+    def unlearn(self, name: str) -> None:
+        """Forget what was learned of a name: its bytes do not come again."""
+        self._note(name).unlink(missing_ok=True)
 
     @contextmanager
     def private_folder(self) -> Iterator[Path]:
@@ -147,13 +153,11 @@ class Cache:
     @contextmanager
     def _held(self, path: Path, size: int = 0) -> Iterator[IO[bytes]]:
         """A new file, locked while this process lives; `size` is the room that is taken for it."""
-        with self._naming_full_disk(), self._locked("room"):
-            self._sweep(path.parent)
-            if size:
-                self._make_room(size)
-            stream = path.with_suffix(".held").open("wb")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            os.truncate(stream.fileno(), size)  # counted in full from now on
+        deadline = time.monotonic() + ROOM_S
+        while (stream := self._try_hold(path, size)) is None:
+            if time.monotonic() > deadline:
+                raise StoreError(f"cache {self.root} is full of what others fetch just now; raise NST_CACHE_BYTES")
+            time.sleep(ROOM_POLL_S)
         try:
             yield stream
         finally:
@@ -161,19 +165,32 @@ class Cache:
                 stream.close()
             Path(stream.name).unlink(missing_ok=True)
 
-    def _make_room(self, size: int) -> None:
+    def _try_hold(self, path: Path, size: int) -> IO[bytes] | None:
+        """The file, or None as long as downloads that others have begun leave no room for it."""
+        with self._naming_full_disk(), self._locked("room"):
+            self._sweep(path.parent)
+            if size and not self._take_room(size):
+                return None
+            stream = path.with_suffix(".held").open("wb")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            os.truncate(stream.fileno(), size)  # counted in full from now on
+            return stream
+
+    def _take_room(self, size: int) -> bool:
         if size > self.limit_bytes:
             raise StoreError(
                 f"an object of {size:,} bytes does not fit into the cache {self.root} of {self.limit_bytes:,} bytes; "
                 "raise NST_CACHE_BYTES"
             )
         counter = self.root / "used"
-        used = int(counter.read_text() or 0) if counter.exists() else self.limit_bytes  # unknown: count
+        known = counter.read_text() if counter.exists() else ""
+        used = int(known) if known.isdecimal() else self.limit_bytes  # unknown: count
         if used + size > self.limit_bytes:
             used = self._evict(size)
-        written = self.root / "used.new"
-        written.write_text(str(used + size))
-        os.replace(written, counter)
+        if used + size > self.limit_bytes:
+            return False
+        _write_whole(counter, str(used + size))
+        return True
 
     def _evict(self, size: int) -> int:
         """Delete the copies used least recently until `size` fits; returns the bytes that are left."""
@@ -192,7 +209,7 @@ class Cache:
     def _sweep(self, folder: Path) -> None:
         """Delete what killed processes left: their locks are free."""
         for path in folder.glob("*.held"):
-            with suppress(OSError), path.open("rb") as stream:
+            with suppress(OSError), path.open("r+b") as stream:  # NFS locks only what may be written
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path.with_suffix(".files"), ignore_errors=True)
                 path.unlink()
@@ -220,12 +237,18 @@ class Cache:
 
     def _folder(self, name: str) -> Path:
         folder = self.root / name
-        folder.mkdir(parents=True, exist_ok=True)
+        with self._naming_full_disk():
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _note(self, name: str) -> Path:
+        return self._folder("names") / hashlib.sha256(name.encode()).hexdigest()
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        with (self._folder("locks") / name).open("wb") as stream:
+        with self._naming_full_disk():
+            stream = (self._folder("locks") / name).open("wb")
+        with stream:
             fcntl.flock(stream, fcntl.LOCK_EX)  # free again when its holder ends, however it ends
             yield
 
@@ -253,6 +276,16 @@ def node_cache() -> Cache:
     if not size.isdecimal() or int(size) == 0:
         raise UserError(f"NST_CACHE_BYTES={size!r} is not a number of bytes; write for example 20000000000")
     return _cache(os.environ.get("NST_CACHE_DIR") or f"{home}/nst", int(size))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    written = path.with_suffix(f".{uuid.uuid4().hex}")
+    with written.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(written, path)
 
 
 def _stat(path: Path) -> tuple[int, int]:

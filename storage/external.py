@@ -93,6 +93,7 @@ class ExternalFolder:
                 sha256 = cache.learn(name, file.bytes, fill, file.tag if MD5.fullmatch(file.tag) else "")
                 cache.link(sha256, file.bytes, fill, copy)
             except DamagedObject as error:
+                cache.unlearn(name)
                 raise StoreError(f"{self._backend.url}/{file.name} is damaged: {error}") from None
             yield copy
 

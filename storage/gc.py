@@ -77,14 +77,16 @@ def survey(store: Store, days: float, keep_runs: int = 0) -> Sweep:
 def collect(store: Store, days: float, keep_runs: int = 0) -> Sweep:
     """Delete it. Beside running pipelines only what they cannot be using; the rest is `spared`."""
     store.check_format()
-    with sweeping(store) as (now, leases):
-        sweep = _survey(store, days, keep_runs, now)
-        sweep.leases = leases
-        if leases:
-            old = [g for g in sweep.garbage if g.kind in BESIDE_WORK and now - g.modified > LEAST_AGE_BESIDE_WORK_S]
+    with sweeping(store) as right:
+        sweep = _survey(store, days, keep_runs, right.now)
+        sweep.leases = right.leases
+        if right.leases:
+            limit = right.now - LEAST_AGE_BESIDE_WORK_S
+            old = [g for g in sweep.garbage if g.kind in BESIDE_WORK and g.modified < limit]
             sweep.spared = [g for g in sweep.garbage if g not in old]
             sweep.garbage = old
         for garbage in sweep.garbage:
+            right.check()
             _delete(store, garbage)
     return sweep
 

@@ -31,7 +31,9 @@ class LocalBackend:
     def scan(self, prefix: str) -> Iterator[ObjectInfo]:
         """All files below a folder; a folder that is not there has none."""
         staging = self.root / STAGING
-        for folder, folders, names in os.walk(self.root / prefix, followlinks=self._follow_links):
+        for folder, folders, names in os.walk(
+            self.root / prefix, onerror=self._unreadable, followlinks=self._follow_links
+        ):
             if Path(folder) == self.root and STAGING in folders:
                 folders.remove(STAGING)
             if Path(folder) != staging:
@@ -125,7 +127,7 @@ class LocalBackend:
 
     def leftovers(self) -> Iterator[ObjectInfo]:
         """Files in `.staging/`: of writers at work, and of those that were killed."""
-        for folder, _, names in os.walk(self.root / STAGING):
+        for folder, _, names in os.walk(self.root / STAGING, onerror=self._unreadable):
             yield from self._infos(Path(folder), names)
 
     def drop_leftovers(self, leftovers: Sequence[ObjectInfo]) -> None:
@@ -141,6 +143,13 @@ class LocalBackend:
                 continue  # deleted since it was listed
             if place.is_file():
                 yield ObjectInfo(place.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
+
+    def _unreadable(self, error: OSError) -> None:
+        """A folder that cannot be listed is not an empty one: gc would delete what it cannot see a need for."""
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise StoreError(
+                f"{self.url}: folder {error.filename} cannot be listed ({error.strerror}); check its permissions"
+            ) from error
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ Records (JSON) carry a seal, a digest of themselves, so that a flipped byte or a
 import hashlib
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,7 +161,9 @@ class Store:
             except ValueError:
                 try:
                     self.read_record(path)  # again: a byte may have been flipped on its way
-                except StoreError as error:
+                except MissingObject:
+                    continue  # deleted since it was listed
+                except DamagedObject as error:
                     found[path] = str(error.__cause__ or error)
         return found
 
@@ -260,6 +263,10 @@ class Store:
     def fits_local(self, size: int) -> bool:
         """Whether so many bytes may be kept on this machine beside others: always for a store on disk."""
         return self.root is not None or 0 < size <= node_cache().limit_bytes // 2
+
+    def open_bytes(self) -> int:
+        """How large the copies may be, all together, that one reader holds open: they cannot make room for others."""
+        return sys.maxsize if self.root is not None else node_cache().limit_bytes // 8
 
     def forget_local(self, entry: Located) -> bool:
         """Drop the cached copy of an object, found bad; False where there is none but the object itself."""

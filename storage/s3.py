@@ -45,9 +45,14 @@ UPLOADS_AT_ONCE = 3
 MOST_PARTS = 10_000
 SMALL_AT_ONCE = 48
 DELETES_A_CALL = 1000
+UPLOADED = ("artifacts/", "parts/")  # where files go
 WRITER = "nst-writer"  # metadata of objects that are created once
 
+ANSWERED = "NST_STORE_ANSWERED"  # set for children of a run: it has spoken to the server already
+
 log = logging.getLogger("nst.store")
+_answered: set[str] = set()  # buckets whose server has answered this process
+_inherited: list[Any] = []  # clients of the process before a fork: to close them would harm the connections they share
 Result = TypeVar("Result")
 
 
@@ -60,7 +65,6 @@ class S3Backend:
         self._owner = -1
         self._filesystem: Any = None
         self._connecting: asyncio.Task[Any] | None = None
-        self._answered = False
 
     def scan(self, prefix: str) -> Iterator[ObjectInfo]:
         """One request for a thousand objects."""
@@ -166,9 +170,7 @@ class S3Backend:
         for start in range(0, len(paths), DELETES_A_CALL):
             some = paths[start : start + DELETES_A_CALL]
             names = {"Objects": [{"Key": self._key(path)} for path in some], "Quiet": True}
-            answer = self._call(some[0], lambda s3: s3.delete_objects(Bucket=self.bucket, Delete=names))  # noqa: B023
-            for failed in answer.get("Errors", []):
-                raise StoreError(f"{self.url}: {failed['Key']} cannot be deleted ({failed.get('Code')})")
+            self._call(some[0], lambda s3: self._delete(s3, names))  # noqa: B023
 
     def staging(self) -> AbstractContextManager[Path]:
         """A private folder beside this machine's cache."""
@@ -184,6 +186,8 @@ class S3Backend:
             )
             for upload in page.get("Uploads", []):
                 path = upload["Key"].removeprefix(self._key(""))
+                if not path.startswith(UPLOADED):
+                    continue  # another store's or another program's, further down in the bucket
                 yield ObjectInfo(path, 0, upload["Initiated"].timestamp(), upload["UploadId"])
             if not page.get("IsTruncated"):
                 return
@@ -198,6 +202,14 @@ class S3Backend:
 
         for upload in leftovers:
             self._call(upload.path, lambda s3: one(s3, upload))  # noqa: B023
+
+    async def _delete(self, s3: Any, names: dict[str, Any]) -> None:
+        """One request; an error of a single object is raised as if it were the request's, so that all are tried again."""
+        answer = await s3.delete_objects(Bucket=self.bucket, Delete=names)
+        for failed in answer.get("Errors", []):
+            if failed.get("Code") not in MISSING_CODES:
+                message = f"{failed.get('Key')}: {failed.get('Message', '')}"
+                raise boto.ClientError({"Error": {"Code": failed.get("Code"), "Message": message}}, "DeleteObjects")
 
     async def _get(self, s3: Any, path: str, offset: int = 0, size: int | None = None, tag: str = "") -> bytes:
         span = {} if size is None else {"Range": f"bytes={offset}-{offset + size - 1}"}
@@ -286,14 +298,17 @@ class S3Backend:
         for number in itertools.count():
             try:
                 result = await attempt(await self._client())
-                self._answered = True
+                _answered.add(self.bucket)
                 return result
             except Exception as error:
                 waited = time.monotonic() - began
-                patience = PATIENCE_S if self._answered else FIRST_PATIENCE_S
+                known = self.bucket in _answered or os.environ.get(ANSWERED) is not None
+                patience = PATIENCE_S if known else FIRST_PATIENCE_S
                 pause = min(LONGEST_BACKOFF_S, BACKOFF_S * 2**number) * random.uniform(0.5, 1.0)
                 if not isinstance(error, boto.BotoCoreError | boto.ClientError | OSError) and not is_transient(error):
                     raise
+                if error_code(error) and not is_transient(error):
+                    _answered.add(self.bucket)
                 if not is_transient(error) or waited + pause > patience:
                     tried = f", tried {number + 1} times in {waited:.0f} s" if is_transient(error) else ""
                     raise explain(self.url, path, error, tried) from (None if error_code(error) else error)
@@ -323,6 +338,8 @@ class S3Backend:
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
         if self._owner != os.getpid():  # clients and event loops do not survive a fork
+            if self._filesystem is not None:
+                _inherited.append((self._filesystem, self._connecting))
             self._filesystem, self._connecting, self._owner = _filesystem(), None, os.getpid()
         loop: asyncio.AbstractEventLoop = self._filesystem.loop
         return loop
@@ -353,7 +370,7 @@ def _filesystem(**s3_settings: str) -> Any:
     import s3fs
 
     config: dict[str, Any] = {
-        "retries": {"max_attempts": 1, "mode": "standard"},
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,
         "max_pool_connections": 2 * SMALL_AT_ONCE,

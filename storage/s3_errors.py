@@ -12,6 +12,7 @@ from storage.errors import DamagedObject, MissingObject, StoreError
 TRANSIENT_CODES = {
     "SlowDown",
     "InternalError",
+    "InternalServerError",
     "ServiceUnavailable",
     "RequestTimeout",
     "Throttling",
@@ -38,13 +39,17 @@ TRANSIENT_TYPES = (
     asyncio.TimeoutError,
     ConnectionError,
 )
+MAY_NOT = (
+    "these credentials may not do this; the store needs list, get, put and delete on the bucket, gc also to list and abort "
+    "multipart uploads"
+)
 REMEDIES = {
     "InvalidAccessKeyId": "the server does not know the access key; check AWS_ACCESS_KEY_ID or AWS_PROFILE",
     "SignatureDoesNotMatch": "the secret does not fit the access key; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
     "ExpiredToken": "the session token has expired; log in again",
     "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN, or log in again",
-    "AccessDenied": "these credentials may not do this; the store needs list, get, put and delete on the bucket",
-    "403": "these credentials may not do this; the store needs list, get, put and delete on the bucket",
+    "AccessDenied": MAY_NOT,
+    "403": MAY_NOT,
     "NoSuchBucket": "the bucket does not exist at this endpoint; create it, or check the name and AWS_ENDPOINT_URL",
     "RequestTimeTooSkewed": "this machine's clock and the server's differ; set the clock",
     "PermanentRedirect": "the bucket is in another region; set AWS_REGION to it",

@@ -137,9 +137,12 @@ class ShardReader:
         if handle is None:
             handle = self._store.open_local(self._shards[path])
         self._open[path] = handle
-        if len(self._open) > OPEN_SHARDS:
+        while len(self._open) > 1 and (len(self._open) > OPEN_SHARDS or self._open_bytes() > self._store.open_bytes()):
             self._close(next(iter(self._open)))
         return os.pread(handle, size, offset)
+
+    def _open_bytes(self) -> int:
+        return sum(self._shards[path].bytes for path in self._open)
 
     def _close(self, path: str) -> None:
         handle = self._open.pop(path, None)

@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from storage.artifacts import SOURCE_ROLE, FileEntry, Manifest, list_artifacts, manifest_path, part_folder
-from storage.errors import StoreError
+from storage.errors import MissingObject, StoreError
 from storage.gc import TOMBSTONE, bury
-from storage.objects import TRANSFERS, Store
+from storage.objects import READ_ATTEMPTS, TRANSFERS, Store
 from storage.runs import Ref
 
 RECORDS = {  # the sealed records of each folder, not the artifacts' own JSON
@@ -20,10 +21,20 @@ RECORDS = {  # the sealed records of each folder, not the artifacts' own JSON
 OnProgress = Callable[[int, int], None]
 
 
+class Kind(StrEnum):
+    """How sure it is that an object is worthless: the first two are, and may be discarded."""
+
+    file = "a file that is missing, short or altered"
+    record = "a record that is not as it was written"
+    unreadable = "an object that could not be read this time"
+    dangling = "a name that leads nowhere"
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: the object, what is wrong with it, and the artifacts that need it (`kind key`)."""
 
+    kind: Kind
     path: str
     what: str
     needed_by: tuple[str, ...] = ()
@@ -53,24 +64,29 @@ def verify_all(store: Store, on_progress: OnProgress = lambda done, total: None)
     manifests = list_artifacts(store, skip=damaged)
     verdict = _verify_files(store, manifests, on_progress)
     verdict.records = len(records)
-    buried = {path.split("/")[2] for path in records if path.endswith(f"/{TOMBSTONE}")}
-    broken = [Problem(path, f"is not as it was written ({why})") for path, why in damaged.items()]
+    elsewhere = (f"/{TOMBSTONE}", *damaged)  # artifacts that were there, or are with a damaged manifest
+    known = {path.split("/")[2] for path in records if path.startswith("artifacts/") and path.endswith(elsewhere)}
+    broken = [Problem(Kind.record, path, f"is not as it was written ({why})") for path, why in damaged.items()]
     refs = [path for path in records if path.startswith("refs/") and path not in damaged]
-    verdict.problems = [*broken, *_dangling(store, manifests, refs, buried), *verdict.problems]
+    verdict.problems = [*broken, *_dangling(store, manifests, refs, known), *verdict.problems]
     return verdict
 
 
 def discard_broken(store: Store, verdict: Verdict) -> list[str]:
     """Take back the artifacts and parts that problems touch, so that a run makes them anew; returns their names.
 
-    Damaged objects are deleted, a tombstone of each artifact stays. Run records and refs are left alone.
+    Only what is surely worthless: damaged objects are deleted, a tombstone of each artifact stays. Run records, refs and
+    what could not be read this time are left alone.
     """
-    manifests = {f"{m.kind} {m.key}": m for m in list_artifacts(store, skip={p.path for p in verdict.problems})}
+    problems = [problem for problem in verdict.problems if problem.kind in (Kind.file, Kind.record)]
+    skip = {problem.path for problem in problems}
+    manifests = {f"{m.kind} {m.key}": m for m in list_artifacts(store, skip)}
     discarded = []
-    for name in dict.fromkeys(name for problem in verdict.problems for name in problem.needed_by):
-        bury(store, manifests[name])
-        discarded.append(name)
-    for problem in verdict.problems:
+    for name in dict.fromkeys(name for problem in problems for name in problem.needed_by):
+        if name in manifests:
+            bury(store, manifests[name])
+            discarded.append(name)
+    for problem in problems:
         steps = problem.path.split("/")
         if steps[0] == "parts":
             folder = part_folder(*steps[1:3])
@@ -78,6 +94,8 @@ def discard_broken(store: Store, verdict: Verdict) -> list[str]:
             discarded.append("part " + " ".join(steps[1:3]))
         if steps[0] in ("parts", "artifacts"):
             store.delete(problem.path)
+            if problem.kind is Kind.record and steps[0] == "artifacts":
+                discarded.append(" ".join(steps[1:3]))
     return list(dict.fromkeys(discarded))
 
 
@@ -93,35 +111,41 @@ def _verify_files(store: Store, manifests: Sequence[Manifest], on_progress: OnPr
     verdict = Verdict(artifacts=len(manifests), files=len(entries), bytes=total)
     done = 0
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        for entry, what in zip(entries, pool.map(lambda e: _look(store, e, sizes.get(e.path)), entries), strict=True):
-            if what:
-                verdict.problems.append(Problem(entry.path, what, tuple(dict.fromkeys(needed_by[entry]))))
+        found = pool.map(lambda entry: _look(store, entry, sizes.get(entry.path)), entries)
+        for entry, problem in zip(entries, found, strict=True):
+            if problem is not None:
+                verdict.problems.append(Problem(*problem, tuple(dict.fromkeys(needed_by[entry]))))
             done += entry.bytes
             on_progress(done, total)
     return verdict
 
 
-def _look(store: Store, entry: FileEntry, size: int | None) -> str:
-    """What is wrong with a file; empty where nothing is."""
+def _look(store: Store, entry: FileEntry, size: int | None) -> tuple[Kind, str, str] | None:
+    """What is wrong with a file; None where nothing is."""
     if size is None:
-        return "is missing"
+        return Kind.file, entry.path, "is missing"
     if size != entry.bytes:
-        return f"has {size:,} bytes instead of {entry.bytes:,}"
+        return Kind.file, entry.path, f"has {size:,} bytes instead of {entry.bytes:,}"
     try:
-        return "" if store.hash_object(entry) == entry.sha256 else "is altered: its sha256 is another"
+        for _ in range(READ_ATTEMPTS):  # a byte may be flipped on its way
+            if store.hash_object(entry) == entry.sha256:
+                return None
+    except MissingObject:
+        return Kind.file, entry.path, "is missing"
     except StoreError as error:
-        return f"cannot be read ({error})"
+        return Kind.unreadable, entry.path, f"cannot be read now ({error})"
+    return Kind.file, entry.path, "is altered: its sha256 is another"
 
 
-def _dangling(store: Store, manifests: Sequence[Manifest], refs: Sequence[str], buried: set[str]) -> list[Problem]:
-    known = {manifest.key for manifest in manifests} | buried
+def _dangling(store: Store, manifests: Sequence[Manifest], refs: Sequence[str], known: set[str]) -> list[Problem]:
+    known = known | {manifest.key for manifest in manifests}
     problems = []
     for manifest in manifests:
         for role, key in manifest.inputs.items():
             if key not in known and role != SOURCE_ROLE:
                 path = manifest_path(manifest.kind, manifest.key)
-                problems.append(Problem(path, f"names {role} {key}, which is not in the store"))
+                problems.append(Problem(Kind.dangling, path, f"names {role} {key}, which is not in the store"))
     for path, ref in zip(refs, store.read_all_as(refs, Ref), strict=True):
         if ref.key not in known:
-            problems.append(Problem(path, f"points at {ref.kind} {ref.key}, which is not in the store"))
+            problems.append(Problem(Kind.dangling, path, f"points at {ref.kind} {ref.key}, which is not in the store"))
     return problems

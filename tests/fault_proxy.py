@@ -20,7 +20,7 @@ class Fault:
 
     Actions: `503`, `500` (answered without asking the server), `reset` (before the answer), `reset_body` (in the middle
     of it), `stall` (no answer), `slow`, `drop_answer` (the server did it, the client is not told), `flip` (one byte of the
-    answer), `flip_request` (one byte of the request).
+    answer), `flip_request` (one byte of the request), `delete_error` (a bulk deletion that fails for one object).
     """
 
     action: str
@@ -72,6 +72,8 @@ class FaultProxy:
             return _error(503, "SlowDown", "Please reduce your request rate.")
         if action == "500":
             return _error(500, "InternalError", "We encountered an internal error.")
+        if action == "delete_error":
+            return _refused_deletion()
         if action == "stall":
             await asyncio.sleep(STALL_S)
         if action == "reset":
@@ -158,6 +160,12 @@ def _reset(request: web.Request) -> web.Response:
     assert request.transport is not None
     request.transport.abort()
     return web.Response()
+
+
+def _refused_deletion() -> web.Response:
+    error = "<Error><Key>a</Key><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
+    text = f"<?xml version='1.0' encoding='UTF-8'?><DeleteResult>{error}</DeleteResult>"
+    return web.Response(status=200, text=text, content_type="application/xml")
 
 
 def _error(status: int, code: str, message: str) -> web.Response:

@@ -85,7 +85,9 @@ class ParquetSource:
 
     @contextmanager
     def _open(self, file: SourceFile) -> Iterator[pq.ParquetFile]:
-        place = next(found for found in self._found[file.split] if found.name == file.name)
+        place = next((found for found in self._found[file.split] if found.name == file.name), None)
+        if place is None or place.bytes != file.bytes or (place.tag and self._folder.fingerprint(place) != file.sha256):
+            raise UserError(f"{self._root}/{file.name} was replaced or removed since it was listed; run again")
         with self._folder.local(place) as path, self._naming(place.name), pq.ParquetFile(path) as reader:
             yield reader
 

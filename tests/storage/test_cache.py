@@ -276,3 +276,80 @@ def test_a_shard_that_is_read_again_costs_no_request(s3_store: Store, proxy: Fau
             shard.path, start, 10, hashlib.sha256(data[start : start + 10]).hexdigest()
         )
     assert len([request for request in proxy.requests if request[0] == "GET" and "x.tar" in request[1]]) == 1
+
+
+def test_the_bound_holds_for_downloads_side_by_side(cache: Cache) -> None:
+    source, peak, finished = Source(8, 200 * KB), [0], threading.Event()
+
+    def watch() -> None:
+        while not finished.is_set():
+            peak[0] = max(peak[0], disk_bytes(cache))
+
+    def slow(name: str) -> Callable[[], Iterator[bytes]]:
+        def bring() -> Iterator[bytes]:
+            for start in range(0, 200 * KB, 50 * KB):
+                time.sleep(0.02)
+                yield source.data[name][start : start + 50 * KB]
+
+        return bring
+
+    def read(name: str) -> bool:
+        handle = Cache(cache.root, cache.limit_bytes).open(name, 200 * KB, slow(name))
+        with os.fdopen(handle, "rb") as stream:
+            return stream.read() == source.data[name]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, source.names * 2))
+    finished.set()
+    watcher.join()
+    assert 200 * KB < peak[0] <= cache.limit_bytes
+
+
+def test_a_name_is_learned_by_one_of_many_and_a_bad_note_is_learned_again(cache: Cache) -> None:
+    calls, data = [], b"the same content" * 100
+
+    def fill() -> Iterator[bytes]:
+        calls.append(1)
+        time.sleep(0.05)
+        yield data
+
+    with ThreadPoolExecutor(6) as pool:
+        found = set(pool.map(lambda _: Cache(cache.root, cache.limit_bytes).learn("x|tag", len(data), fill), range(6)))
+    assert found == {hashlib.sha256(data).hexdigest()}
+    assert len(calls) == 1
+    (note,) = cache.root.glob("names/*")
+    for bad in ("", "../../etc"):
+        note.write_text(bad)
+        assert {cache.learn("x|tag", len(data), fill)} == found
+        assert note.read_text() in found
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    cache = Cache(tmp_path / "file/cache", 1000)
+    with (
+        pytest.raises(StoreError, match="cache .*file/cache cannot be written.*set NST_CACHE_DIR"),
+        cache.private_folder(),
+    ):
+        pass
+    with pytest.raises(StoreError, match="set NST_CACHE_DIR"):
+        cache.open("0" * 64, 4, lambda: iter([b"data"]))
+
+
+def test_a_reader_holds_no_more_open_than_a_part_of_the_cache(s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NST_CACHE_BYTES", str(800 * KB))
+    shards, rows = [], []
+    for number in range(6):
+        data = bytes([number]) * 50 * KB
+        entry = FileEntry(name="x", path=f"{number}.tar", bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        s3_store.create(entry.path, data)
+        shards.append(entry)
+        rows.append((entry.path, 0, 10, hashlib.sha256(data[:10]).hexdigest()))
+    before = len(os.listdir("/proc/self/fd"))
+    reader = ShardReader(s3_store, shards, whole=True)
+    for row in rows:
+        reader.read(*row)
+    assert len(os.listdir("/proc/self/fd")) - before <= 2, "100 KB of 800 may be held open"
+    reader.close()

@@ -1,3 +1,5 @@
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -263,3 +265,64 @@ def test_gc_in_a_loop_beside_commits_loses_nothing(store: Store) -> None:
     assert len(list_artifacts(store)) == 4 * (6 if store.root else 3)
     assert verify_all(store).problems == []
     assert commit(store, lineage["student"]) == lineage["student"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    disk: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(disk, "cats", make_lineage(disk))
+    listed = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("/runs"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for act in (survey, collect):
+        with pytest.raises(StoreError, match="runs cannot be listed .Permission denied.; check its permissions"):
+            act(disk, days=0)
+    monkeypatch.undo()
+    assert len(list_artifacts(disk)) == 4
+
+
+def test_a_lease_that_cannot_be_understood_counts_as_work(store: Store) -> None:
+    make_lineage(store)
+    store.create_record("leases/other.json", {"holder": "other:1", "what": "cats", "invented_later": True})
+    sweep = collect(store, days=0)
+    assert [lease.holder for lease in sweep.leases] == ["unknown"]
+    assert len(list_artifacts(store)) == 4
+
+
+def test_a_sweep_that_was_held_up_too_long_deletes_nothing_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_lineage(store)
+    real = time.time
+    with sweeping(store) as right:
+        right.check()
+        monkeypatch.setattr("storage.leases.time.time", lambda: real() + storage.leases.TTL_S)
+        with pytest.raises(UserError, match="held up for so long that others may be at work; run it again"):
+            right.check()
+        monkeypatch.undo()
+
+
+def test_a_sweep_that_another_took_over_deletes_nothing_more_and_leaves_the_others_record(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.leases, "CHECK_S", 0.0)
+    with sweeping(store) as right:
+        right.check()
+        store.replace_record(SWEEP, {"holder": "other:1", "what": "gc", "token": "another"})
+        with pytest.raises(UserError, match="run it again"):
+            right.check()
+    assert store.exists(SWEEP)
+
+
+def test_unfinished_uploads_of_others_in_the_bucket_are_left_alone(s3_store: Store) -> None:
+    backend = s3_store._backend
+    key = backend._key("another-store/artifacts/x")
+    upload = backend._call("x", lambda s3: s3.create_multipart_upload(Bucket="nst", Key=key))
+    assert s3_store.leftovers() == []
+    below = Store(f"{s3_store.url}/another-store")
+    assert [(info.path, info.tag) for info in below.leftovers()] == [("artifacts/x", upload["UploadId"])]
+    below.drop_leftovers(below.leftovers())
+    assert below.leftovers() == []

@@ -288,3 +288,44 @@ def test_a_prefix_may_hold_spaces_and_any_script(s3: str) -> None:
     assert Store(store.url).read_bytes("x y\n+&?#/é") == b"1"
     store.delete(*store.paths(""))
     assert store.paths("") == []
+
+
+def test_an_error_of_one_object_in_a_bulk_deletion_is_tried_again(store: Store, proxy: FaultProxy) -> None:
+    for name in ("a", "b"):
+        store.create(name, b"x")
+    fault = proxy.do("delete_error", method="POST", path="delete", times=2)
+    store.delete("a", "b", "never-there")
+    assert fault.done == 2
+    assert store.paths("") == []
+
+
+def test_a_run_that_has_spoken_to_the_server_is_patient_in_its_children_too(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(storage.s3, "FIRST_PATIENCE_S", 0.2)
+    monkeypatch.setattr(storage.s3, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(storage.s3, "_answered", set())
+
+    def tried() -> int:
+        with pytest.raises(StoreError, match=r"tried \d+ times") as error:
+            Store(s3).exists("a")
+        return int(str(error.value).split("tried ")[1].split()[0])
+
+    impatient = tried()
+    monkeypatch.setenv("NST_STORE_ANSWERED", "1")
+    assert tried() > impatient
+
+
+def test_a_forked_child_and_its_parent_both_go_on_reading(s3: str) -> None:
+    store = Store(s3)
+    store.create("a", b"content")
+    assert store.read_bytes("a") == b"content"
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if store.read_bytes("a") == b"content" else 1)
+    started = time.monotonic()
+    assert [store.read_bytes("a") for _ in range(5)] == [b"content"] * 5
+    assert time.monotonic() - started < 8, "the child closed the parent's connections"
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.read_bytes("a") == b"content"

@@ -1,10 +1,11 @@
 import pytest
 
-from storage.artifacts import find, find_part, get, manifest_path
+from storage.artifacts import find, find_part, get, list_artifacts, manifest_path
 from storage.errors import StoreError
 from storage.objects import Store, sealed
 from storage.runs import set_ref
-from storage.verify import Problem, discard_broken, verify_all, verify_artifact
+from storage.verify import Kind, Problem, discard_broken, verify_all, verify_artifact
+from tests.fault_proxy import FaultProxy
 from tests.storage.conftest import overwrite
 from tests.storage.small_store import NUMERICS, make_artifact, make_checkpoint, make_lineage, make_part, make_run
 
@@ -66,8 +67,8 @@ def test_refs_and_inputs_that_lead_nowhere_are_named(store: Store) -> None:
     set_ref(store, "cats/1/student", "model", "no-such-key")
     make_artifact(store, "model", "orphan", {"data": "no-such-data"})
     assert verify_all(store).problems == [
-        Problem(manifest_path("model", "orphan"), "names data no-such-data, which is not in the store"),
-        Problem("refs/cats/1/student/@1.json", "points at model no-such-key, which is not in the store"),
+        Problem(Kind.dangling, manifest_path("model", "orphan"), "names data no-such-data, which is not in the store"),
+        Problem(Kind.dangling, "refs/cats/1/student/@1.json", "points at model no-such-key, which is not in the store"),
     ]
 
 
@@ -115,3 +116,41 @@ def test_a_store_of_a_newer_version_is_not_judged(store: Store) -> None:
     overwrite(store, "store.json", sealed({"format": 2}))
     with pytest.raises(StoreError, match="update the program"):
         verify_all(store)
+
+
+def test_what_cannot_be_read_this_time_is_named_and_never_discarded(
+    s3_store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lineage = make_lineage(s3_store)
+    own = lineage["teacher"].file("a.bin")
+    behind = Store(s3_store.url)
+    monkeypatch.setattr("storage.s3.PATIENCE_S", 0.5)
+    proxy.do("503", method="GET", path="model/teacher/a-", times=1000)  # not its listing
+    verdict = verify_all(behind)
+    proxy.clear()
+    assert [(p.kind, p.path) for p in verdict.problems] == [(Kind.unreadable, own.path)]
+    assert "cannot be read now" in verdict.problems[0].what
+    assert discard_broken(behind, verdict) == []
+    assert verify_all(s3_store).problems == []
+
+
+def test_a_byte_that_is_flipped_while_hashing_is_no_damage(s3_store: Store, proxy: FaultProxy) -> None:
+    lineage = make_lineage(s3_store)
+    make_run(s3_store, "cats", lineage)
+    fault = proxy.do("flip", method="GET", path="model/teacher/a-")
+    assert verify_all(Store(s3_store.url)).problems == []
+    assert fault.done == 1
+
+
+def test_a_damaged_manifest_takes_no_descendant_with_it(store: Store) -> None:
+    lineage = make_lineage(store)
+    path = manifest_path("dataset", "data")
+    overwrite(store, path, store.read_bytes(path)[:-40])
+    overwrite(store, lineage["teacher"].file("a.bin").path, b"short")
+    verdict = verify_all(store)
+    assert [(p.kind, p.path) for p in verdict.problems] == [
+        (Kind.record, path),
+        (Kind.file, lineage["teacher"].file("a.bin").path),
+    ]
+    assert discard_broken(store, verdict) == ["model teacher", "dataset data"]
+    assert {manifest.key for manifest in list_artifacts(store)} == {"labels", "student"}

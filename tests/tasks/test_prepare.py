@@ -390,3 +390,25 @@ def test_digits_have_the_same_images_each_time_and_share_none_between_splits() -
     assert digests[0] == digests[1]
     other = DigitsSource(DigitsConfig(labeled_per_class=3, num_val=20, num_test=30, num_out_of_domain=40, seed=1))
     assert fingerprint(other.files()) != fingerprint(files)
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_a_file_of_a_bucket_that_changes_during_a_run_is_noticed(
+    s3: str, images: Path, tmp_path: Path, change: str
+) -> None:
+    """Each worker lists the bucket again: what it reads must be what the key was made from."""
+    bucket = Store(f"{s3}/images")
+    for path in images.iterdir():
+        bucket._backend.replace(path.name, path.read_bytes())
+    config = PrepareConfig(root=bucket.url, shard_images=10)
+    planned = open_source(config).files()
+    unlabeled = next(file for file in planned if file.split == "unlabeled")
+    assert len(list(open_source(config).read(unlabeled, [0, 1]))) == 2
+    if change == "removed":
+        bucket.delete("unlabeled.parquet")
+        bucket._backend.replace("unlabeled-2.parquet", (images / "val.parquet").read_bytes())
+    else:
+        write_images(images / "unlabeled.parquet", pngs(30, 77))
+        bucket._backend.replace("unlabeled.parquet", (images / "unlabeled.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"unlabeled\.parquet was replaced or removed since it was listed; run again"):
+        list(open_source(config).read(unlabeled, [0, 1]))
