@@ -75,7 +75,7 @@ class Store:
         if self.create(probe, b"again"):
             raise StoreError(
                 f"store {self.url}: the server ignores If-None-Match, so two writers could overwrite each other's work; use "
-                "one with conditional writes (AWS S3, MinIO, Ceph 18 or later, SeaweedFS 4.30 or later)"
+                "a server, or a version of it, with conditional writes"
             )
         self.delete(probe)
 
