@@ -18,7 +18,9 @@ from tasks.stage import StageOutcome, StageRequest, stage_task
 RerunChoice = Literal["nothing", "prepare", "teacher", "selector", "label", "select", "student", "evaluate", "report"]
 RECIPE = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own")
 OVERRIDES: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30")
-STORE = Field("nst-store", title="Store", description="Root URL of the artifacts: s3://bucket/prefix, file:///... or a folder")
+STORE = Field(
+    "nst-store", title="Store", description="Root URL of the artifacts: s3://bucket/prefix, file:///... or a folder"
+)
 SCALE = Field("", title="Scale", description="A scale that the recipe offers, e.g. smoke; empty: in full")
 _display: list[Display] = []
 
