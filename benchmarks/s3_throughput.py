@@ -167,7 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nst-bench-") as name:
         folder = Path(name)
         with s3_server(folder / "server") as server:
-            os.environ.update(server.environment)
+            server.adopt()
             from storage.artifacts import FileEntry
             from storage.keys import file_sha256
             from storage.objects import Store

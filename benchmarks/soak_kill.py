@@ -134,7 +134,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nst-soak-")))
         root = str(folder / "stores")
         if arguments.store == "s3":
-            os.environ.update(stack.enter_context(s3_server(folder / "server")).environment)
+            stack.enter_context(s3_server(folder / "server")).adopt()
             root = f"s3://{BUCKET}/soak"
         result = soak(root, folder, arguments.kills, random.Random(arguments.seed))
     print(json.dumps({"store": arguments.store, **result}))

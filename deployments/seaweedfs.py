@@ -45,13 +45,22 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The usual AWS variables."""
+        """This process's environment for a user of the server, in full: without any AWS setting of its own."""
         return {
+            **_without_aws(),
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REGION": "us-east-1",
+            **dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull),
+            **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
         }
+
+    def adopt(self) -> None:
+        """Make it this process's own environment."""
+        wanted = self.environment
+        os.environ.clear()
+        os.environ.update(wanted)
 
 
 @contextmanager
@@ -67,7 +76,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     with log.open("ab") as output:
         process = subprocess.Popen(
             line,
-            env={**os.environ, **environment},
+            env={**_without_aws(), **environment},
             stdout=output,
             stderr=output,
             preexec_fn=_die_with_parent,
@@ -91,13 +100,14 @@ def _wait_until_it_answers(server: S3Server, process: "subprocess.Popen[bytes]",
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = botocore.session.Session().create_client(
+    session = botocore.session.Session(session_vars={"profile": (None, None, None, None)})  # whatever AWS_PROFILE says
+    client = session.create_client(
         "s3",
         endpoint_url=server.endpoint,
         aws_access_key_id=ACCESS_KEY,
         aws_secret_access_key=SECRET_KEY,
         region_name="us-east-1",
-        config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=5),
+        config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=5, proxies={}),
     )
     deadline = time.monotonic() + START_S
     while True:
@@ -110,6 +120,10 @@ def _wait_until_it_answers(server: S3Server, process: "subprocess.Popen[bytes]",
                 last = log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the S3 server did not start ({error}); the end of {log}:\n{last}") from error
             time.sleep(0.1)
+
+
+def _without_aws() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
 
 
 def _program() -> str:
@@ -149,7 +163,7 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit("usage: python -m deployments.seaweedfs FOLDER COMMAND ...")
     with s3_server(Path(sys.argv[1])) as server:
-        command = subprocess.Popen(sys.argv[2:], env={**os.environ, **server.environment})
+        command = subprocess.Popen(sys.argv[2:], env=server.environment)
         signal.signal(signal.SIGINT, lambda number, frame: None)  # the command gets Ctrl-C too, and may save its work
         signal.signal(signal.SIGTERM, lambda number, frame: command.terminate())
         code = command.wait()

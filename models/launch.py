@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from storage.backend import ANSWERED
 from storage.errors import UserError
 
 RECORD_PREFIX = "@nst "
@@ -225,8 +226,8 @@ def child_environment(threads: int) -> dict[str, str]:
         PYTHONSAFEPATH="1",  # another repository's `tasks` in the working directory is never imported
         PYTHONUNBUFFERED="1",
         NST_PARENT=str(os.getpid()),
-        NST_STORE_ANSWERED="1",  # a child waits longer for a store that is away: its parent has spoken to it
     )
+    environment[ANSWERED] = "1"  # a child waits longer for a store that is away: its parent has spoken to it
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     root = str(Path(__file__).resolve().parent.parent)
     inherited = environment.get("PYTHONPATH", "")

@@ -181,6 +181,15 @@ def find_parts(store: Store, stage: str, keys: Sequence[str], numerics: dict[str
     return {key: parts.get(key) for key in keys}
 
 
+def made_parts(stage: str, found: Mapping[str, Part | None], keys: Sequence[str]) -> list[Part]:
+    """The parts of these keys, in their order. Raises StoreError where one is not there after all were made."""
+    parts = [(key, found[key]) for key in keys]
+    gone = [key for key, part in parts if part is None]
+    if gone:
+        raise StoreError(f"part {gone[0]} of {stage} vanished while the others were made; run again")
+    return [part for _, part in parts if part is not None]
+
+
 def publish_part(
     store: Store,
     stage: str,

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from storage.errors import StoreError
+
+ANSWERED = "NST_STORE_ANSWERED"  # set for the children of a run: it has spoken to the store already
+
 
 @dataclass(frozen=True)
 class ObjectInfo:
@@ -79,3 +83,14 @@ class Backend(Protocol):
     def drop_leftovers(self, leftovers: Sequence[ObjectInfo]) -> None:
         """Delete some of them."""
         ...
+
+
+def refuse_credentials(url: str, setting: str) -> str:
+    """The URL. Raises UserError on one with a user or a password in it, without repeating them."""
+    host = url.partition("://")[2].partition("/")[0]
+    if "@" in host:
+        raise StoreError(
+            f"{setting}: credentials must not be part of a URL; they come from the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL)"
+        )
+    return url

@@ -28,14 +28,3 @@ def explained(error: BaseException) -> UserError | None:
             "making for a bucket) and TMPDIR may each be moved to another disk. Nothing is lost: run again"
         )
     return None
-
-
-def refuse_credentials(url: str, setting: str) -> str:
-    """The URL. Raises UserError on one with a user or a password in it, without repeating them."""
-    host = url.partition("://")[2].partition("/")[0]
-    if "@" in host:
-        raise StoreError(
-            f"{setting}: credentials must not be part of a URL; they come from the environment (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL)"
-        )
-    return url

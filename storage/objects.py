@@ -18,9 +18,9 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from storage.backend import Backend, ObjectInfo
+from storage.backend import Backend, ObjectInfo, refuse_credentials
 from storage.cache import Cache, node_cache
-from storage.errors import DamagedObject, MissingObject, StoreError, refuse_credentials
+from storage.errors import DamagedObject, MissingObject, StoreError
 from storage.keys import digest
 from storage.local import LocalBackend
 
@@ -261,8 +261,8 @@ class Store:
             raise StoreError(f"{self.url}: object {entry.path} cannot be read ({error.strerror})") from error
 
     def fits_local(self, size: int) -> bool:
-        """Whether so many bytes may be kept on this machine beside others: always for a store on disk."""
-        return self.root is not None or 0 < size <= node_cache().limit_bytes // 2
+        """Whether copies of so many bytes may be kept on this machine beside others."""
+        return self.root is not None or size <= node_cache().limit_bytes // 2
 
     def open_bytes(self) -> int:
         """How large the copies may be, all together, that one reader holds open: they cannot make room for others."""

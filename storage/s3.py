@@ -27,7 +27,7 @@ from botocore import exceptions as boto
 from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 
-from storage.backend import ObjectInfo
+from storage.backend import ANSWERED, ObjectInfo
 from storage.cache import node_cache
 from storage.errors import StoreError
 from storage.s3_errors import MISSING_CODES, PRECONDITION_CODES, error_code, explain, is_transient
@@ -47,8 +47,6 @@ SMALL_AT_ONCE = 48
 DELETES_A_CALL = 1000
 UPLOADED = ("artifacts/", "parts/")  # where files go
 WRITER = "nst-writer"  # metadata of objects that are created once
-
-ANSWERED = "NST_STORE_ANSWERED"  # set for children of a run: it has spoken to the server already
 
 log = logging.getLogger("nst.store")
 _answered: set[str] = set()  # buckets whose server has answered this process

@@ -86,7 +86,7 @@ class ShardReader:
         self._store = store
         self._shards = {shard.path: shard for shard in shards}
         total = sum(shard.bytes for shard in self._shards.values())
-        self._whole = store.fits_local(total) if whole is None else whole or store.fits_local(0)
+        self._whole = store.root is not None or (store.fits_local(total) if whole is None else whole)
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def read(self, path: str, offset: int, size: int, sha256: str) -> bytes:

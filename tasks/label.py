@@ -7,8 +7,8 @@ import numpy as np
 
 from models.compute import group_shards
 from models.numerics import chosen_numerics, part_numerics
-from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, find_parts
-from storage.errors import StoreError, UserError
+from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, find_parts, made_parts
+from storage.errors import UserError
 from storage.keys import Config, digest
 from storage.shards import read_tables, shard_files
 from tasks.contract import StageContext, StageResult
@@ -71,16 +71,14 @@ def predict(
     if missing:
         found = find_parts(context.store, PREDICT, list(keys.values()), numerics)
     own = {split: [keys[shard.name] for of, shard in shards if of == split] for split in splits}
-    return {split: _named_parts(split, [(key, found[key]) for key in own[split]]) for split in splits}
+    return {split: _named(split, made_parts(PREDICT, found, own[split])) for split in splits}
 
 
-def _named_parts(split: str, parts: Sequence[tuple[str, Part | None]]) -> tuple[FileEntry, ...]:
-    files = []
-    for number, (key, part) in enumerate(parts):
-        if part is None:
-            raise StoreError(f"part {key} of the predictions vanished while they were made; run again")
-        files.append(part.files[0].model_copy(update={"name": f"predictions/{split}/{number:05d}.parquet"}))
-    return tuple(files)
+def _named(split: str, parts: Sequence[Part]) -> tuple[FileEntry, ...]:
+    return tuple(
+        part.files[0].model_copy(update={"name": f"predictions/{split}/{number:05d}.parquet"})
+        for number, part in enumerate(parts)
+    )
 
 
 def check_classes(model: Manifest, source: Manifest) -> None:

@@ -12,8 +12,9 @@ from pydantic import Field, field_validator
 
 from models.compute import group_shards
 from models.worker import Stopped, Worker
-from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, publish_part
-from storage.errors import UserError, refuse_credentials
+from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, made_parts, publish_part
+from storage.backend import refuse_credentials
+from storage.errors import UserError
 from storage.images import ImageError, decode_rgb, image_extension
 from storage.keys import Config, digest
 from storage.objects import Store
@@ -210,7 +211,7 @@ def _make_shards(context: StageContext, config: PrepareConfig, plans: list[Shard
     context.engine.map("tasks.prepare:write_shards", specs, context.progress_of(sum(p.num_images for p in missing)))
     if missing:
         found = find_parts(context.store, "prepare", keys, NO_NUMERICS)
-    return [part for key in keys if (part := found[key]) is not None]
+    return made_parts("prepare", found, keys)
 
 
 def _write_shard(store: Store, plan: ShardPlan, source: Source, labels: dict[str, np.ndarray]) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from models.compute import group_shards
 from models.worker import Stopped, Worker
-from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, get, publish_part
+from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, get, made_parts, publish_part
 from storage.errors import StoreError, UserError
 from storage.images import image_extension
 from storage.keys import Config, digest
@@ -73,8 +73,8 @@ def select(context: StageContext, config: SelectConfig, inputs: dict[str, Manife
     layout = plan.file("layout.parquet")
     num_shards = -(-(layout.rows or 0) // config.shard_images)
     keys = [digest({"version": VERSION, "selection": context.key, "shard": n}) for n in range(num_shards)]
-    done = find_parts(context.store, "select", keys, NO_NUMERICS)
-    missing = [n for n in range(num_shards) if done[keys[n]] is None]
+    found = find_parts(context.store, "select", keys, NO_NUMERICS)
+    missing = [n for n in range(num_shards) if found[keys[n]] is None]
     sizes = [min(config.shard_images, (layout.rows or 0) - n * config.shard_images) for n in missing]
     specs = [
         {
@@ -88,11 +88,12 @@ def select(context: StageContext, config: SelectConfig, inputs: dict[str, Manife
         for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
     context.engine.map("tasks.select:write_shards", specs, context.progress_of(layout.rows or 0))
+    if missing:
+        found = find_parts(context.store, "select", keys, NO_NUMERICS)
     files = [plan.file("decisions.parquet")]
-    for number, part in enumerate(find_parts(context.store, "select", keys, NO_NUMERICS).values()):
-        if part is not None:
-            shard = part.file("shard.tar").model_copy(update={"name": f"shards/train/{number:05d}.tar"})
-            files += [shard, part.file("index.parquet").model_copy(update={"name": index_name(shard)})]
+    for number, part in enumerate(made_parts("select", found, keys)):
+        shard = part.file("shard.tar").model_copy(update={"name": f"shards/train/{number:05d}.tar"})
+        files += [shard, part.file("index.parquet").model_copy(update={"name": index_name(shard)})]
     return StageResult(tuple(files), {**plan.facts, "class_names": data.metrics["class_names"]})
 
 

@@ -1,4 +1,6 @@
-from collections.abc import Iterator
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,25 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "store"))
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of a size (`200k`) of its own and gives its folder; a second call changes the size."""
+    place = tmp_path / "small-disk"
+
+    def mount(size: str) -> Path:
+        options = f"remount,size={size}" if place.exists() else f"size={size}"
+        place.mkdir(exist_ok=True)
+        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        mounted = subprocess.run(line, capture_output=True, text=True)
+        if mounted.returncode != 0:
+            pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)
+
+
 @pytest.fixture(scope="session")
 def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server with a bucket `nst`, for all tests."""
@@ -28,9 +49,10 @@ def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_process: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of an empty store in the bucket; this process and its children find the server, and a cache of their own."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
     for name, value in s3_process.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.setenv("NST_CACHE_DIR", str(tmp_path / "node-cache"))
     return f"s3://{BUCKET}/{tmp_path.parent.name}-{tmp_path.name}"
 

@@ -18,7 +18,7 @@ SESSION = web.AppKey("session", ClientSession)
 class Fault:
     """What to do to requests of a method whose path contains a text: the first `times` of them, after `skip`.
 
-    Actions: `503`, `500` (answered without asking the server), `reset` (before the answer), `reset_body` (in the middle
+    Actions: `503`, `500`, `skew` (a wrong clock; answered without asking the server), `reset` (before the answer), `reset_body` (in the middle
     of it), `stall` (no answer), `slow`, `drop_answer` (the server did it, the client is not told), `flip` (one byte of the
     answer), `flip_request` (one byte of the request), `delete_error` (a bulk deletion that fails for one object).
     """
@@ -70,6 +70,8 @@ class FaultProxy:
         action, body = self._take(request), await request.read()
         if action == "503":
             return _error(503, "SlowDown", "Please reduce your request rate.")
+        if action == "skew":
+            return _error(403, "RequestTimeTooSkewed", "The difference between the request time and ... is too large.")
         if action == "500":
             return _error(500, "InternalError", "We encountered an internal error.")
         if action == "delete_error":

@@ -62,6 +62,17 @@ def run(line: list[str], **environment: str) -> str:
     return output
 
 
+def nst(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
+    """A command in a folder of its own; its output, both streams."""
+    line = [sys.executable, "-m", "flows.cli", *arguments]
+    python = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(
+        line, cwd=cwd, env={**os.environ, **python, **environment}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def kill_when(line: list[str], ready: Callable[[], bool], timeout_s: float = 240) -> None:
     """Start a command and kill -9 its main process as soon as `ready`; all its children must be gone soon after."""
     child = start(line)

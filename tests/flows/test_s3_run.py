@@ -1,9 +1,6 @@
 """The pipeline with every byte in a bucket, on a real server; and what of the credentials may be found afterwards."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from storage.objects import Store
 from storage.runs import resolve_ref
 from storage.shards import read_index, shard_files
 from storage.verify import verify_all
-from tests.flows.runs import command, contents, run, start
+from tests.flows.runs import command, contents, nst, run, start
 from tests.flows.tiny import RECIPE, write_recipe
 from tests.real_images import write_splits
 
@@ -33,17 +30,6 @@ SMALL = (
     "select.images_per_class=12",
     "data.shard_images=10",
 )
-
-
-def nst(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
-    """A command in a folder of its own; its output, both streams."""
-    line = [sys.executable, "-m", "flows.cli", *arguments]
-    python = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run(
-        line, cwd=cwd, env={**os.environ, **python, **environment}, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def holding(secrets: tuple[str, ...], files: dict[str, bytes]) -> list[str]:
@@ -153,26 +139,14 @@ def test_credentials_in_a_url_are_refused_before_anything_keeps_them(setting: st
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 400 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
-    mounted = subprocess.run(line, capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
 @pytest.mark.parametrize("kind", ["store", "cache"])
 def test_a_full_disk_in_the_middle_of_a_stage_is_one_line_and_more_room_lets_it_go_on(
-    s3: str, small_disk: Path, tmp_path: Path, kind: str
+    s3: str, small_disk: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
     """The store's own disk, or the one on which files for a bucket are made."""
-    store = str(small_disk / "store") if kind == "store" else s3
-    environment = {"NST_CACHE_DIR": str(small_disk / "cache")} if kind == "cache" else {}
+    disk = small_disk("400k")
+    store = str(disk / "store") if kind == "store" else s3
+    environment = {"NST_CACHE_DIR": str(disk / "cache")} if kind == "cache" else {}
     line = ["stage", "prepare", "digits", "data.shard_images=1000", "--prefect", "off", "--store", store]
     error = nst(*line, cwd=tmp_path, code=2, **environment)
     assert "No space left on device" in error
@@ -180,7 +154,7 @@ def test_a_full_disk_in_the_middle_of_a_stage_is_one_line_and_more_room_lets_it_
     assert "Traceback" not in error
     assert list_artifacts(Store(store)) == []
     assert verify_all(Store(store)).problems == []
-    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    small_disk("20m")
     nst(*line, cwd=tmp_path, **environment)
     assert [m.kind for m in list_artifacts(Store(store))] == ["dataset"]
     assert verify_all(Store(store)).problems == []

@@ -174,8 +174,8 @@ def test_an_object_larger_than_the_cache_is_named(cache: Cache) -> None:
         cache.open("0" * 64, 501 * KB, lambda: iter([]))
 
 
-def test_a_full_disk_is_named_with_its_remedy_and_what_is_there_stays(small_disk: Path) -> None:
-    source, cache = Source(), Cache(small_disk / "cache", 10_000 * KB)
+def test_a_full_disk_is_named_with_its_remedy_and_what_is_there_stays(small_disk: Callable[[str], Path]) -> None:
+    source, cache = Source(), Cache(small_disk("300k") / "cache", 10_000 * KB)
     source.read(cache, source.names[0])
     source.read(cache, source.names[1])
     with pytest.raises(
@@ -184,19 +184,6 @@ def test_a_full_disk_is_named_with_its_remedy_and_what_is_there_stays(small_disk
         source.read(cache, source.names[2])
     assert source.names[0] in copies(cache)
     assert source.read(cache, source.names[0]) == source.data[source.names[0]]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 300 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
-    mounted = subprocess.run(line, capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_processes_that_are_killed_leave_a_cache_that_others_use_and_clear(cache: Cache) -> None:

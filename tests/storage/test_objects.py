@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,20 +31,6 @@ while not Path(go).exists():
     time.sleep(0.001)
 print(json.dumps([n for n in range(int(rounds)) if store.create(f"round/{n}", name.encode())]))
 """
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 200 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def visible(store: Store) -> list[str]:
@@ -135,8 +121,8 @@ def test_put_file_mends_an_object_that_was_cut_short(disk: Store, tmp_path: Path
     assert target.read_bytes() == b"same bytes"
 
 
-def test_put_file_moves_between_file_systems(disk: Store, tiny_disk: Path) -> None:
-    source = tiny_disk / "source"
+def test_put_file_moves_between_file_systems(disk: Store, small_disk: Callable[[str], Path]) -> None:
+    source = small_disk("200k") / "source"
     source.write_bytes(b"from another disk")
     assert source.stat().st_dev != disk.root.parent.stat().st_dev
     disk.put_file(source, "data/x.bin")
@@ -144,8 +130,10 @@ def test_put_file_moves_between_file_systems(disk: Store, tiny_disk: Path) -> No
     assert disk.paths("") == ["data/x.bin"]
 
 
-def test_a_full_disk_names_object_and_remedy_and_leaves_nothing_visible(tiny_disk: Path, tmp_path: Path) -> None:
-    disk, big = Store(str(tiny_disk / "store")), tmp_path / "big"
+def test_a_full_disk_names_object_and_remedy_and_leaves_nothing_visible(
+    small_disk: Callable[[str], Path], tmp_path: Path
+) -> None:
+    disk, big = Store(str(small_disk("200k") / "store")), tmp_path / "big"
     big.write_bytes(b"x" * 1_000_000)
     with pytest.raises(StoreError, match=r"runs/a/1\.json.*No space left.*free some space or choose another store"):
         disk.create("runs/a/1.json", b"x" * 1_000_000)

@@ -330,3 +330,12 @@ def test_a_forked_child_and_its_parent_both_go_on_reading(s3: str) -> None:
     assert time.monotonic() - started < 8, "the child closed the parent's connections"
     assert os.waitpid(child, 0)[1] == 0
     assert store.read_bytes("a") == b"content"
+
+
+def test_a_wrong_clock_is_told_at_once(store: Store, proxy: FaultProxy) -> None:
+    fault = proxy.do("skew", times=1000)
+    with pytest.raises(
+        StoreError, match="object a: RequestTimeTooSkewed.*clock and the server's differ; set the clock"
+    ):
+        store.read_bytes("a")
+    assert fault.done == 1
