@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from tasks.sources import SPLITS
 from tasks.stage import StageOutcome, StageRequest
 
 PLAIN_INTERVAL_S = 10.0
@@ -132,7 +133,7 @@ def describe(outcome: StageOutcome) -> str:
     """One line on what a stage made."""
     manifest, metrics = outcome.manifest, outcome.manifest.metrics
     facts = {
-        "dataset": lambda: ", ".join(f"{metrics[s]['images']:,} {s}" for s in ("labeled", "val", "test", "unlabeled")),
+        "dataset": lambda: ", ".join(f"{metrics[s]['images']:,} {s}" for s in SPLITS if s in metrics),
         "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
         "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
         "selection": lambda: (

@@ -17,8 +17,8 @@ from storage.keys import digest
 from storage.leases import at_work
 from storage.objects import Store
 from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
-from tasks.prepare import fingerprint, open_source
-from tasks.sources import SourceFile
+from tasks.ingest import fingerprint, open_source
+from tasks.sources import LABELED_SPLITS, SPLITS, SourceFile
 from tasks.stage import StageOutcome, StageRequest, missing_inputs
 from tasks.train import check_batches, check_unlabeled_batch
 
@@ -94,8 +94,12 @@ def resolve_run(experiment: Experiment, recipe: str, store: Store, rerun: Rerun,
         for node in nodes:
             if rerun.covers(node):
                 generations[node.name] = generations.get(node.name, 0) + 1
-    sources = open_source(experiment.data).files()
-    records = resolve_keys(nodes, fingerprint(sources), generations)
+    sources = open_source(experiment.data).files(SPLITS)
+    fingerprints = {
+        "prepare": fingerprint([file for file in sources if file.split in LABELED_SPLITS]),
+        "unlabeled": fingerprint([file for file in sources if file.split not in LABELED_SPLITS]),
+    }
+    records = resolve_keys(nodes, fingerprints, generations)
     return Run(experiment, recipe, store, nodes, {r.name: r for r in records}, sources, prefect_run)
 
 

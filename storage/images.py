@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+MAX_BYTES = 256 << 20  # no file of an image that can be used is larger
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: past this an image counts as a decompression bomb
 
 

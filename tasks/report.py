@@ -58,7 +58,7 @@ def report(context: StageContext, config: ReportConfig, inputs: dict[str, Manife
         context.on_progress({"done": len(sections), "total": len(rounds), "unit": "iterations"})
     page = {
         "experiment": config.experiment,
-        "data": inputs["prepare"].metrics,
+        "data": {**inputs["unlabeled"].metrics, **inputs["prepare"].metrics},
         "splits": SPLITS,
         "result": _result(records, inputs),
         "training": _training_figures(context.store, inputs),
@@ -271,7 +271,7 @@ def _section(
         "selection": selection.metrics if selection else None,
         "settings": settings,
         "figures": drawn,
-        "grids": _grids(store, config, inputs["prepare"], selection) if selection else [],
+        "grids": _grids(store, config, inputs["unlabeled"], selection) if selection else [],
     }
 
 

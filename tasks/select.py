@@ -37,7 +37,7 @@ from storage.shards import (
     write_tar,
 )
 from tasks.contract import StageContext, StageResult
-from tasks.prepare import NO_NUMERICS
+from tasks.ingest import NO_NUMERICS
 
 VERSION = 1
 SELECTION_SCHEMA = pa.schema(
@@ -143,11 +143,11 @@ def lay_out(decisions: Path, indices: list[tuple[str, Path]], seed: int) -> Iter
             SELECT key, label, confidence, file, row, unnest(range(copies))::INTEGER AS copy
             FROM read_parquet($decisions, hive_partitioning = false) WHERE copies > 0
         ), images AS (
-            SELECT key, shard, "offset", bytes, sha256, width, height, source
+            SELECT key, shard, "offset", bytes, sha256, width, height, phash, source
             FROM read_parquet($indices, filename = true, hive_partitioning = false)
             JOIN (SELECT unnest($indices) AS filename, unnest($shards) AS shard) USING (filename)
         )
-        SELECT copies.key AS source_key, copy, label, confidence, file, row, shard, "offset", bytes, sha256, width, height, source
+        SELECT copies.key AS source_key, copy, label, confidence, file, row, shard, "offset", bytes, sha256, width, height, phash, source
         FROM copies JOIN images ON copies.key = images.key
         ORDER BY md5(concat($seed, '|', copies.key, '|', copy)), copies.key, copy
     """

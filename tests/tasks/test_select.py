@@ -23,8 +23,8 @@ from storage.errors import UserError
 from storage.objects import Store
 from storage.shards import ROW_GROUP_ROWS, ShardReader, read_index, shard_files, write_parquet
 from tasks.contract import StageContext, StageResult
-from tasks.prepare import PrepareConfig, prepare
 from tasks.select import SelectConfig, _layout_rows, decide, select
+from tests.datasets import prepare_all
 from tests.real_images import write_splits
 
 NAMES = ["cat", "dog", "owl"]
@@ -185,8 +185,7 @@ class Labeled:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(str(folder / "store label=7 [x]"))
-        config = PrepareConfig(root=str(write_splits(folder / "images")), shard_images=10)
-        result = prepare(self.context("d1"), config, {})
+        result = prepare_all(self.context("d1"), write_splits(folder / "images"), shard_images=10)
         self.data = self.commit("dataset", "d1", "prepare", {}, result.files, result.metrics)
         self.rows: dict[str, Row] = {}
         self.labels = self.commit("labels", "l1", "label", {"model": "m1"}, self.predict(), {"class_names": NAMES})
