@@ -1,0 +1,53 @@
+"""The perceptual hash: 64 bits that change little when an image is re-encoded, brightened or resized.
+
+The definition is that of the package `imagehash` (`phash`): the image in gray at 32 x 32, its discrete cosine
+transform, the 8 x 8 lowest frequencies, one bit each for lying above their median. It is written here again because it
+runs for hundreds of millions of images: two small matrix products instead of SciPy's transform of the whole picture.
+"""
+
+import numpy as np
+from PIL import Image
+
+SIDE = 32  # the hashed picture's width and height
+FREQUENCIES = 8  # a side, from zero up
+REDUCING_GAP = (
+    3.0  # first a box average to at least 96 px: 6 times faster for a photograph, at most a bit or two differ
+)
+
+
+def _cosines() -> np.ndarray:
+    """The lowest rows of the DCT-II (unscaled: the bits depend on no factor), float64 [FREQUENCIES, SIDE]."""
+    frequency, place = np.mgrid[0:FREQUENCIES, 0:SIDE]
+    return np.cos(np.pi * frequency * (2 * place + 1) / (2 * SIDE))
+
+
+COSINES = _cosines()
+WEIGHTS = 1 << np.arange(63, -1, -1, dtype=np.uint64)  # the first frequency is the highest bit, as in imagehash
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """The 64-bit hash of a picture in any mode, 0 <= hash < 2**64: `imagehash.phash`, bit for bit up to 96 px a side."""
+    return int(hash_grays(gray_thumbnail(image)[None])[0])
+
+
+def gray_thumbnail(image: Image.Image, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """The picture, or the part of it in `box` (left, top, right, bottom, in pixels), in gray: uint8 [SIDE, SIDE]."""
+    gray = image if image.mode == "L" else image.convert("L")
+    return np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP))
+
+
+def hash_grays(grays: np.ndarray) -> np.ndarray:
+    """The hashes of gray pictures [n, SIDE, SIDE] of any number type: uint64 [n]."""
+    return hash_spectra(spectra(grays))
+
+
+def spectra(grays: np.ndarray) -> np.ndarray:
+    """The lowest frequencies of gray pictures [n, SIDE, SIDE]: float64 [n, FREQUENCIES (vertical), FREQUENCIES]."""
+    return COSINES @ grays.astype(np.float64) @ COSINES.T
+
+
+def hash_spectra(low: np.ndarray) -> np.ndarray:
+    """The hashes of the frequencies [n, FREQUENCIES, FREQUENCIES]: uint64 [n]."""
+    flat = low.reshape(len(low), -1)
+    middle = flat.shape[1] // 2 - 1  # to lie above the lower of the two middle values is to lie above their mean
+    return (flat > np.partition(flat, middle, axis=1)[:, middle : middle + 1]) @ WEIGHTS
