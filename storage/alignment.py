@@ -12,6 +12,9 @@ STEPS = 4
 BANDS = 12  # frequencies a side, of 32: above lies mostly what JPEG and resizing change
 RIDGE = 1e-3  # of the mean curvature: holds still what the pixels do not determine
 NOTHING = 1e-6
+LEAST_SCALE, MOST_SCALE = 0.7, 1.1  # of a side: crops of up to a fifth and some play
+MOST_TILT = 0.12  # 7 degrees
+MOST_OUTSIDE = 3.0  # pixels
 
 
 def _centers(step: int) -> np.ndarray:
@@ -47,18 +50,18 @@ def box_maps(boxes: np.ndarray) -> np.ndarray:
     return np.stack([np.stack(x, axis=1), np.stack(y, axis=1)], axis=1)
 
 
-def align(fixed: np.ndarray, moving: np.ndarray, maps: np.ndarray) -> np.ndarray:
+def align(fixed: np.ndarray, moving: np.ndarray, maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`moving` as it looks when laid over `fixed`, both uint8 [n, SIDE, SIDE], refined from the maps [n, 2, 3].
 
-    Returns float32 [n, SIDE, SIDE]. Brightness and contrast are left as they are in `moving`.
+    Returns it, float32 [n, SIDE, SIDE], with brightness and contrast as they were, and the maps.
     """
     target = fixed[:, ::2, ::2].reshape(len(fixed), len(FEW_CENTERS)).astype(np.float32)
     target -= target.mean(axis=1, keepdims=True)
     moving = moving.astype(np.float32)
     down, across = np.gradient(moving, axis=(1, 2))
-    layers = np.stack([moving, across, down], axis=1)
+    layers = np.stack([moving, across, down], axis=-1)
     for _ in range(STEPS):
-        seen, x, y = np.moveaxis(_sample(layers, maps, FEW_CENTERS), 1, 0)
+        seen, x, y = _sample(layers, maps, FEW_CENTERS)
         seen = seen - seen.mean(axis=1, keepdims=True)
         gain = ((seen * target).sum(1) / ((seen * seen).sum(1) + NOTHING))[:, None]
         slopes = [(gain * slope)[..., None] * FEW_CENTERS for slope in (x, y)]
@@ -69,7 +72,21 @@ def align(fixed: np.ndarray, moving: np.ndarray, maps: np.ndarray) -> np.ndarray
         normal += hold[:, None, None] * np.eye(8, dtype=np.float32)
         change = np.linalg.solve(normal, turned @ (target - gain * seen)[..., None])
         maps = maps + change[:, :6, 0].reshape(-1, 2, 3)
-    return _sample(layers[:, :1], maps, CENTERS).reshape(-1, SIDE, SIDE)
+    return look(moving, maps), maps
+
+
+def look(pictures: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Pictures [n, SIDE, SIDE] seen through the maps [n, 2, 3]: float32 [n, SIDE, SIDE]."""
+    return _sample(pictures.astype(np.float32)[..., None], maps, CENTERS).reshape(-1, SIDE, SIDE)
+
+
+def plausible(maps: np.ndarray) -> np.ndarray:
+    """Whether maps [n, 2, 3] are a crop, perhaps a little turned, bool [n]: others can turn any bird into any airplane."""
+    scale, tilt = maps[:, [0, 1], [1, 2]] / SIDE, maps[:, [0, 1], [2, 1]] / SIDE
+    middle = maps[:, :, 0] + 0.5
+    reach = SIDE / 2 - np.abs(middle - SIDE / 2) - scale * SIDE / 2  # pixels inside the picture; negative: outside
+    fits = (scale > LEAST_SCALE) & (scale < MOST_SCALE) & (np.abs(tilt) < MOST_TILT) & (reach > -MOST_OUTSIDE)
+    return fits.all(axis=1)
 
 
 def likeness(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -101,11 +118,12 @@ def _cosine(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _sample(layers: np.ndarray, maps: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Layers [n, c, SIDE, SIDE] at the mapped centers, bilinear, edges repeated: float32 [n, c, points]."""
+    """Layers [n, SIDE, SIDE, c] at the mapped centers, bilinear, edges repeated: float32 [c, n, points]."""
     x, y = np.clip(np.moveaxis(maps @ centers.T, 1, 0), 0, SIDE - 1)
     column, row = np.minimum(x.astype(np.intp), SIDE - 2), np.minimum(y.astype(np.intp), SIDE - 2)
-    right, below = (x - column)[:, None], (y - row)[:, None]
-    flat, corner = layers.reshape(*layers.shape[:2], SIDE * SIDE), (row * SIDE + column)[:, None]
-    at = [np.take_along_axis(flat, corner + step, axis=2) for step in (0, 1, SIDE, SIDE + 1)]
-    above, under = (at[0] + right * (at[1] - at[0])), (at[2] + right * (at[3] - at[2]))
-    return above + below * (under - above)
+    right, below = (x - column)[..., None], (y - row)[..., None]
+    corner = (np.arange(len(layers))[:, None] * SIDE + row) * SIDE + column
+    flat = layers.reshape(-1, layers.shape[-1])
+    at = [flat.take(corner + step, axis=0) for step in (0, 1, SIDE, SIDE + 1)]
+    above, under = at[0] + right * (at[1] - at[0]), at[2] + right * (at[3] - at[2])
+    return np.moveaxis(above + below * (under - above), -1, 0)
