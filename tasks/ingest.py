@@ -21,9 +21,10 @@ from storage.errors import UserError
 from storage.images import ImageError, decode_rgb, image_extension
 from storage.keys import Config, digest
 from storage.objects import Store
-from storage.phash import perceptual_hash
+from storage.phash import SIDE, gray_thumbnail, hash_grays
 from storage.shards import INDEX_SCHEMA, ShardSample, index_name, write_parquet, write_tar
 from tasks.contract import StageContext
+from tasks.leaks import LeakConfig
 from tasks.sources import SPLITS, UNKNOWN_ROWS, RawImage, Source, SourceFile
 from tasks.sources.digits import DigitsConfig, DigitsSource
 from tasks.sources.files import FilesSource
@@ -32,6 +33,7 @@ from tasks.sources.torchvision import TorchvisionConfig, TorchvisionSource
 VERSION = 2  # of the parts; 2: a perceptual hash in the index
 STAGE = "ingest"
 NO_NUMERICS: dict[str, Any] = {}
+THUMBNAILS_SCHEMA = pa.schema([("thumbnail", pa.binary(SIDE * SIDE))])  # gray, row by row, in the index's order
 REJECTS_SCHEMA = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
 FIRST_REJECTS = 3
 SAFE_NAME = re.compile(r"[^A-Za-z0-9_-]")
@@ -60,6 +62,7 @@ class DataConfig(Config):
     min_images_per_class: int = Field(2, ge=1, description="fewer labeled images of a class are an error")
     max_reject_fraction: float = Field(0.05, ge=0, le=1, description="more undecodable images of a split are an error")
     seed: int = Field(0, ge=0, description="of the labeled images' order")
+    leaks: LeakConfig = LeakConfig()
     digits: DigitsConfig = DigitsConfig()
     torchvision: TorchvisionConfig = TorchvisionConfig()
 
@@ -247,7 +250,9 @@ def _write_tables(
 ) -> dict[str, tuple[Path, int | None]]:
     write_parquet(folder / "index.parquet", pa.Table.from_pylist(rows, INDEX_SCHEMA))
     write_parquet(folder / "rejects.parquet", pa.Table.from_pylist(rejects, REJECTS_SCHEMA))
+    write_parquet(folder / "thumbnails.parquet", pa.Table.from_pylist(rows, THUMBNAILS_SCHEMA))
     return {
+        "thumbnails.parquet": (folder / "thumbnails.parquet", len(rows)),
         "index.parquet": (folder / "index.parquet", len(rows)),
         "rejects.parquet": (folder / "rejects.parquet", len(rejects)),
     }
@@ -258,6 +263,7 @@ def _index_row(file: SourceFile, number: int, raw: RawImage) -> dict[str, Any]:
     if raw.problem:
         raise ImageError(raw.problem)
     image = decode_rgb(raw.data)
+    thumbnail = gray_thumbnail(image)
     return {
         "key": sample_key(raw.own_name) if raw.own_name else sample_key(file.name, number),
         "offset": raw.offset,
@@ -266,6 +272,7 @@ def _index_row(file: SourceFile, number: int, raw: RawImage) -> dict[str, Any]:
         "label": raw.label,
         "width": image.width,
         "height": image.height,
-        "phash": perceptual_hash(image),
+        "phash": int(hash_grays(thumbnail[None])[0]),
+        "thumbnail": thumbnail.tobytes(),
         "source": raw.own_name or (f"{file.name}:{raw.path}" if raw.path else f"{file.name}:{number}"),
     }

@@ -38,7 +38,7 @@ SHUFFLE = "shuffle"
 class PrepareConfig(DataConfig):
     """The data settings, of which the labeled, validation and test images depend on these."""
 
-    not_in_key: ClassVar[tuple[str, ...]] = (*DataConfig.not_in_key, "unlabeled", "in_place")
+    not_in_key: ClassVar[tuple[str, ...]] = (*DataConfig.not_in_key, "unlabeled", "in_place", "leaks")
 
 
 def prepare(context: StageContext, config: PrepareConfig, inputs: dict[str, Manifest]) -> StageResult:
@@ -62,6 +62,11 @@ def prepare(context: StageContext, config: PrepareConfig, inputs: dict[str, Mani
         rejects = [part.file("rejects.parquet") for part in by_split[split]]
         own = _shuffle(context, config, by_split[split]) if split == "labeled" else by_split[split]
         entries += name_files(split, [(shard_entry(part), part.file("index.parquet")) for part in own], rejects)
+        if split != "labeled":  # what the leak guard needs to know of them
+            pictures = [part.file("thumbnails.parquet") for part in own if part.file("index.parquet").rows]
+            entries += [
+                e.model_copy(update={"name": f"thumbnails/{split}/{n:05d}.parquet"}) for n, e in enumerate(pictures)
+            ]
     per_class = [int(count) for count in np.bincount(labels["labeled"], minlength=len(class_names))]
     return StageResult(tuple(entries), {**counts, "class_names": class_names, "labeled_per_class": per_class})
 
