@@ -19,6 +19,7 @@ from storage.shards import ShardReader, read_index, read_table, shard_files
 from storage.verify import verify_artifact
 from tasks.contract import StageContext, StageResult
 from tasks.unlabeled import count_duplicates
+from tests.broken_images import broken_images, odd_images
 from tests.datasets import HereEngine, prepare_all
 from tests.real_images import encoded, jpeg, picture, png, pngs, write_images, write_splits
 
@@ -289,3 +290,26 @@ def test_labeled_tars_carry_their_labels(store: Store, images: Path) -> None:
     assert [row["reason"] for row in rejects] == ["its label is b'cat', not a number", "no label (.cls)"]
     with pytest.raises(UserError, match=r"an image has label 2, outside the 2 classes 0\.\.1"):
         run(store, images, labeled="labeled.tar", class_names=("a", "b"))
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar", "folder"])
+def test_a_run_goes_on_over_every_kind_of_broken_image(store: Store, images: Path, form: str) -> None:
+    broken, odd = broken_images(), odd_images()
+    mixed = [*[data for data, _ in broken.values()], *odd.values()]
+    if form == "parquet":
+        write_images(images / "unlabeled.parquet", mixed)
+    elif form == "tar":
+        write_tar(images / "unlabeled.tar", [(f"{n:03d}.jpg", data) for n, data in enumerate(mixed)])
+    else:
+        (images / "unlabeled").mkdir()
+        for n, data in enumerate(mixed):
+            (images / f"unlabeled/{n:03d}.jpg").write_bytes(data)
+    name = {"parquet": "unlabeled.parquet", "tar": "unlabeled.tar", "folder": "unlabeled"}[form]
+    with pytest.raises(UserError, match=rf"data\.unlabeled: {len(broken)} of {len(mixed)} images cannot be decoded"):
+        run(store, images, unlabeled=name)
+    manifest = committed(store, run(store, images, unlabeled=name, max_reject_fraction=0.7))
+    rejects = [row for f in manifest.files_under("rejects/unlabeled/") for row in read_table(store, f).to_pylist()]
+    assert len(rejects) == len(broken) >= 20
+    for row, (kind, (_, reason)) in zip(rejects, broken.items(), strict=True):
+        assert reason in row["reason"], kind
+    assert manifest.metrics["unlabeled"]["images"] == len(odd)
