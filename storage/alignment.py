@@ -86,7 +86,7 @@ def plausible(maps: np.ndarray) -> np.ndarray:
     middle = maps[:, :, 0] + 0.5
     reach = SIDE / 2 - np.abs(middle - SIDE / 2) - scale * SIDE / 2  # pixels inside the picture; negative: outside
     fits = (scale > LEAST_SCALE) & (scale < MOST_SCALE) & (np.abs(tilt) < MOST_TILT) & (reach > -MOST_OUTSIDE)
-    return fits.all(axis=1)
+    return np.asarray(fits.all(axis=1))
 
 
 def likeness(ones: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ def _cosines() -> np.ndarray:
 
 
 COSINES = _cosines()
+MIRRORING = (-1.0) ** np.arange(FREQUENCIES)  # the spectrum of the mirror image: every second wave across changes sign
 WEIGHTS = 1 << np.arange(63, -1, -1, dtype=np.uint64)  # the first frequency is the highest bit, as in imagehash
 
 

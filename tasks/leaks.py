@@ -17,7 +17,7 @@ from pydantic import Field
 from storage.alignment import align, box_maps, detail, likeness, look, plausible
 from storage.hamming import HammingIndex
 from storage.keys import Config
-from storage.phash import COSINES, FREQUENCIES, SIDE, hash_grays, hash_spectra
+from storage.phash import COSINES, FREQUENCIES, MIRRORING, SIDE, hash_spectra, spectra
 
 INDEX_SCHEMA = pa.schema([("key", pa.string()), ("sha256", pa.string()), ("thumbnail", pa.binary(SIDE * SIDE))])
 LEAKS_SCHEMA = pa.schema(
@@ -85,9 +85,9 @@ class LeakIndex:
         self._thumbnails = pixels.reshape(-1, SIDE, SIDE)
         self._numbers = np.flatnonzero(detail(self._thumbnails) >= LEAST_DETAIL)
         self._flips = 2 if config.mirrored else 1
-        hashes = box_hashes(self._thumbnails[self._numbers])[:, : self._flips]
-        self._whole = HammingIndex(hashes[:, :, 0].ravel(), config.hash_bits)
-        self._crops = HammingIndex(hashes[:, :, 1:].ravel(), config.crop_hash_bits)
+        hashes = box_hashes(self._thumbnails[self._numbers])
+        self._whole = HammingIndex(hashes[:, 0], config.hash_bits)
+        self._crops = HammingIndex(hashes[:, 1:].ravel(), config.crop_hash_bits)
 
     def find(self, sha256: Sequence[str], thumbnails: np.ndarray) -> list[Leak | None]:
         """The nearest evaluation image of each of n images, where one is near enough to count as a leak.
@@ -103,14 +103,16 @@ class LeakIndex:
                 found[place] = Leak(self._keys[self._by_sha256[digest]], "exact", 0.0)
         return found
 
-    def candidates(self, hashes: np.ndarray) -> "Candidates":
-        """The evaluation images that images with these hashes, uint64 [n], may be copies of."""
-        found = []
-        for index, boxes in ((self._whole, np.array([0])), (self._crops, np.arange(1, len(BOXES)))):
-            rows, entries, bits = index.search(hashes)
-            places, box = np.divmod(entries, len(boxes))
-            numbers, flips = np.divmod(places, self._flips)
-            found.append(np.stack([rows, self._numbers[numbers], bits, flips, boxes[box]], axis=1))
+    def candidates(self, thumbnails: np.ndarray) -> "Candidates":
+        """The evaluation images that thumbnails uint8 [n, SIDE, SIDE] may be copies of, by their hashes."""
+        found, low = [], spectra(thumbnails)
+        for mirrored in range(self._flips):
+            hashes = hash_spectra(low * MIRRORING if mirrored else low)
+            for index, boxes in ((self._whole, np.array([0])), (self._crops, np.arange(1, len(BOXES)))):
+                rows, entries, bits = index.search(hashes)
+                numbers, box = np.divmod(entries, len(boxes))
+                flips = np.full(len(rows), mirrored)
+                found.append(np.stack([rows, self._numbers[numbers], bits, flips, boxes[box]], axis=1))
         pairs = np.unique(np.concatenate(found), axis=0)  # sorted: the box with the fewest differing bits comes first
         _, first = np.unique(pairs[:, :2], axis=0, return_index=True)
         rows, numbers, _, flips, box = pairs[first].T
@@ -135,7 +137,7 @@ class LeakIndex:
 
     def _find_near(self, thumbnails: np.ndarray) -> list[Leak | None]:
         found: list[Leak | None] = [None] * len(thumbnails)
-        candidates = self.candidates(hash_grays(thumbnails))
+        candidates = self.candidates(thumbnails)
         distances = self.distances(thumbnails, candidates)
         for place in np.flatnonzero(distances <= self._config.max_distance):
             row, distance = candidates.rows[place], float(distances[place])
@@ -156,24 +158,22 @@ class Candidates(NamedTuple):
 
 
 def box_hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """The hashes of all BOXES of thumbnails uint8 [n, SIDE, SIDE], plain and mirrored: uint64 [n, 2, boxes]."""
-    hashes = np.empty((len(thumbnails), 2, len(BOXES)), np.uint64)
-    for at in range(0, len(thumbnails), BLOCK_IMAGES):
-        grays = thumbnails[at : at + BLOCK_IMAGES, None].astype(np.float64)
-        rows = SPAN_COSINES @ grays  # [n, spans, frequencies, SIDE]
+    """The hashes of all BOXES of thumbnails uint8 [n, SIDE, SIDE]: uint64 [n, boxes]."""
+    hashes = np.empty((len(thumbnails), len(BOXES)), np.uint64)
+    for at in range(0, len(thumbnails), BLOCK_PAIRS):
+        rows = SPAN_COSINES @ thumbnails[at : at + BLOCK_PAIRS, None].astype(
+            np.float32
+        )  # [n, spans, frequencies, SIDE]
         low = rows[:, :, None] @ np.swapaxes(SPAN_COSINES, 1, 2)  # [n, spans, spans, frequencies, frequencies]
-        low = low.reshape(len(grays), len(BOXES), *low.shape[-2:])
-        for flip, signs in enumerate((1, (-1) ** np.arange(FREQUENCIES))):  # mirrored, the odd waves change sign
-            flat = (low * signs).reshape(-1, FREQUENCIES, FREQUENCIES)
-            hashes[at : at + len(grays), flip] = hash_spectra(flat).reshape(len(grays), len(BOXES))
+        hashes[at : at + len(low)] = hash_spectra(low.reshape(-1, FREQUENCIES, FREQUENCIES)).reshape(len(low), -1)
     return hashes
 
 
 def _span_cosines() -> np.ndarray:
-    """COSINES of a picture's part, resized: float64 [spans, FREQUENCIES, SIDE]. The part is interpolated linearly."""
+    """COSINES of a picture's part, resized: float32 [spans, FREQUENCIES, SIDE]. The part is interpolated linearly."""
     wide = np.array([low + (high - low) * (np.arange(SIDE) + 0.5) / SIDE for low, high in SPANS]) * SIDE - 0.5
     weights = np.maximum(0, 1 - np.abs(np.clip(wide, 0, SIDE - 1)[:, :, None] - np.arange(SIDE)))
-    return COSINES @ weights
+    return (COSINES @ weights).astype(np.float32)
 
 
 SPAN_COSINES = _span_cosines()
