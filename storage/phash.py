@@ -27,7 +27,7 @@ WEIGHTS = 1 << np.arange(63, -1, -1, dtype=np.uint64)  # the first frequency is 
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """The 64-bit hash of a picture in any mode, 0 <= hash < 2**64: `imagehash.phash`, bit for bit up to 96 px a side."""
+    """The 64-bit hash of a picture in any mode, 0 <= hash < 2**64: `imagehash.phash`, bit for bit below 192 px a side."""
     return int(hash_grays(gray_thumbnail(image)[None])[0])
 
 
@@ -43,8 +43,11 @@ def hash_grays(grays: np.ndarray) -> np.ndarray:
 
 
 def spectra(grays: np.ndarray) -> np.ndarray:
-    """The lowest frequencies of gray pictures [n, SIDE, SIDE]: float64 [n, FREQUENCIES (vertical), FREQUENCIES]."""
-    return COSINES @ grays.astype(np.float64) @ COSINES.T
+    """The lowest frequencies of gray pictures [n, SIDE, SIDE]: float64 [n, FREQUENCIES (vertical), FREQUENCIES].
+
+    Rounded, so that frequencies that are not there are zero: a blank picture has one hash, not that of rounding errors.
+    """
+    return np.round(COSINES @ grays.astype(np.float64) @ COSINES.T, 4)
 
 
 def hash_spectra(low: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The leak guard: evaluation images that hide in the unlabeled set, as they are or slightly altered.
 
 The work lies on the side of the 10^4 to 10^5 evaluation images, so that the 10^8 others stream past at little cost. Of each
-evaluation image an index holds a small gray picture and the hashes of many crops of it, also mirrored; of an unlabeled image
-one hash is looked up. What is within a few bits is laid over the evaluation image, pixel on pixel, and compared.
+evaluation image an index holds a small gray picture and the hashes of 100 crops of it; of an unlabeled image one hash is
+looked up, and that of its mirror image. What is within a few bits is laid over the evaluation image and compared by pixels.
+`benchmarks/leak_guard.py` plants copies of every kind and counts what is found and what is lost.
 """
 
 from collections.abc import Sequence
@@ -29,14 +30,13 @@ LEAKS_SCHEMA = pa.schema(
         ("distance", pa.float32()),
     ]
 )
-# The parts of a side whose crops are hashed: any part of at least 0.8 is near one of them.
-SPANS = ((0.0, 1.0), *((n * 0.06, n * 0.06 + 0.94) for n in range(2)), *((n * 0.06, n * 0.06 + 0.88) for n in range(3)))
-SPANS = (*SPANS, *((n * 0.05, n * 0.05 + 0.8) for n in range(5)))
-BOXES = np.array([(left, top, right, bottom) for (top, bottom), (left, right) in product(SPANS, SPANS)])
+# (start, length) of the parts of a side whose crops are hashed: every part of 0.8 and more is near one of them.
+PARTS = ((0, 1), *((n * 0.06, 0.94) for n in range(2)), *((n * 0.06, 0.88) for n in range(3)))
+PARTS = (*PARTS, *((n * 0.05, 0.8) for n in range(5)))
+BOXES = np.array([(x, y, x + width, y + height) for (y, height), (x, width) in product(PARTS, PARTS)])
+BOX_NUMBERS = np.arange(len(BOXES))  # the first is the whole picture
 LEAST_DETAIL = 2.0  # gray levels; below, what JPEG adds is as strong as what is there, and all skies look alike
-LEAST_LIKENESS = (
-    0.4  # before alignment; all but 2 in 1,000 of the leaks that are found start above it, most others below
-)
+LEAST_LIKENESS = 0.4  # before alignment: all but 2 in 1,000 of the planted copies lie above, 3 of 5 other pairs below
 BLOCK_IMAGES = 256
 BLOCK_PAIRS = 32  # what is worked on stays in the processor's cache: a half faster than with 256
 
@@ -73,8 +73,9 @@ def evaluation_table(keys: Sequence[str], sha256: Sequence[str], thumbnails: np.
 class LeakIndex:
     """The evaluation images, to stream others past. Immutable; make one a process.
 
-    Made from a table (INDEX_SCHEMA) in about 0.3 s per 1,000 images. In memory 4.3 kB an image (thumbnail 1 kB; 162 hashes
-    of 8 bytes, each in three lists of 4 bytes) and 32 MB of tables: 0.5 GB for 100,000 images.
+    Evaluation images without detail (blank, or smooth as a sky) are found by their bytes only, or they would match each other.
+    100,000 images take 13 s to load and 0.36 GB: an image has a thumbnail of 1 kB and 100 hashes of 8 bytes, each in three
+    lists of 4 bytes; the lists' tables have 32 MB whatever the number of images.
     """
 
     def __init__(self, config: LeakConfig, table: pa.Table) -> None:
@@ -108,14 +109,14 @@ class LeakIndex:
         found, low = [], spectra(thumbnails)
         for mirrored in range(self._flips):
             hashes = hash_spectra(low * MIRRORING if mirrored else low)
-            for index, boxes in ((self._whole, np.array([0])), (self._crops, np.arange(1, len(BOXES)))):
+            for index, boxes in ((self._whole, BOX_NUMBERS[:1]), (self._crops, BOX_NUMBERS[1:])):
                 rows, entries, bits = index.search(hashes)
                 numbers, box = np.divmod(entries, len(boxes))
                 flips = np.full(len(rows), mirrored)
-                found.append(np.stack([rows, self._numbers[numbers], bits, flips, boxes[box]], axis=1))
+                found.append(np.stack([rows, self._numbers[numbers], flips, bits, boxes[box]], axis=1))
         pairs = np.unique(np.concatenate(found), axis=0)  # sorted: the box with the fewest differing bits comes first
-        _, first = np.unique(pairs[:, :2], axis=0, return_index=True)
-        rows, numbers, _, flips, box = pairs[first].T
+        _, first = np.unique(pairs[:, :3], axis=0, return_index=True)
+        rows, numbers, flips, _, box = pairs[first].T
         return Candidates(rows, numbers, flips == 1, box)
 
     def distances(self, thumbnails: np.ndarray, candidates: "Candidates") -> np.ndarray:
@@ -161,19 +162,18 @@ def box_hashes(thumbnails: np.ndarray) -> np.ndarray:
     """The hashes of all BOXES of thumbnails uint8 [n, SIDE, SIDE]: uint64 [n, boxes]."""
     hashes = np.empty((len(thumbnails), len(BOXES)), np.uint64)
     for at in range(0, len(thumbnails), BLOCK_PAIRS):
-        rows = SPAN_COSINES @ thumbnails[at : at + BLOCK_PAIRS, None].astype(
-            np.float32
-        )  # [n, spans, frequencies, SIDE]
-        low = rows[:, :, None] @ np.swapaxes(SPAN_COSINES, 1, 2)  # [n, spans, spans, frequencies, frequencies]
+        grays = thumbnails[at : at + BLOCK_PAIRS, None].astype(np.float32)
+        rows = PART_COSINES @ grays  # [n, parts, frequencies, SIDE]
+        low = rows[:, :, None] @ np.swapaxes(PART_COSINES, 1, 2)  # [n, parts, parts, frequencies, frequencies]
         hashes[at : at + len(low)] = hash_spectra(low.reshape(-1, FREQUENCIES, FREQUENCIES)).reshape(len(low), -1)
     return hashes
 
 
-def _span_cosines() -> np.ndarray:
-    """COSINES of a picture's part, resized: float32 [spans, FREQUENCIES, SIDE]. The part is interpolated linearly."""
-    wide = np.array([low + (high - low) * (np.arange(SIDE) + 0.5) / SIDE for low, high in SPANS]) * SIDE - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.clip(wide, 0, SIDE - 1)[:, :, None] - np.arange(SIDE)))
+def _part_cosines() -> np.ndarray:
+    """COSINES of a side's parts, stretched to the whole by linear interpolation: float32 [parts, FREQUENCIES, SIDE]."""
+    places = np.array([start + length * (np.arange(SIDE) + 0.5) / SIDE for start, length in PARTS]) * SIDE - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.clip(places, 0, SIDE - 1)[:, :, None] - np.arange(SIDE)))
     return (COSINES @ weights).astype(np.float32)
 
 
-SPAN_COSINES = _span_cosines()
+PART_COSINES = _part_cosines()
