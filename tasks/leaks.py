@@ -120,9 +120,9 @@ class LeakIndex:
         return Candidates(rows, numbers, flips == 1, box)
 
     def distances(self, thumbnails: np.ndarray, candidates: "Candidates") -> np.ndarray:
-        """Lay the thumbnails [n, SIDE, SIDE] over their candidates: 1 - correlation, float32 [candidates], 0 to 2.
+        """Lay the thumbnails [n, SIDE, SIDE] over their candidates: 1 - correlation, float32 [candidates], 0 and more.
 
-        Infinite where no slight crop or turn makes the one look like the other.
+        Infinite where the one does not look like the other even before it is laid exactly.
         """
         distances = np.full(len(candidates.rows), np.inf, np.float32)
         for at in range(0, len(distances), BLOCK_PAIRS):
@@ -130,10 +130,11 @@ class LeakIndex:
             seen, own = thumbnails[rows], self._thumbnails[numbers]
             seen = np.where(mirrored[:, None, None], seen[:, :, ::-1], seen)
             maps = box_maps(BOXES[boxes])
-            hopeful = np.flatnonzero(likeness(seen, look(own, maps)) >= LEAST_LIKENESS)
+            alike = likeness(seen, look(own, maps))
+            hopeful = np.flatnonzero(alike >= LEAST_LIKENESS)
             moved, maps = align(seen[hopeful], own[hopeful], maps[hopeful])
-            apart = np.where(plausible(maps), 1 - likeness(seen[hopeful], moved), np.inf)
-            distances[at + hopeful] = np.maximum(apart, 0)
+            better = np.where(plausible(maps), likeness(seen[hopeful], moved), -1)  # some alignments go astray
+            distances[at + hopeful] = 1 - np.minimum(np.maximum(alike[hopeful], better), 1)
         return distances
 
     def _find_near(self, thumbnails: np.ndarray) -> list[Leak | None]:

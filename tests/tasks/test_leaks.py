@@ -61,9 +61,9 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
     "blurred": lambda image: jpeg(image.filter(ImageFilter.GaussianBlur(1.5))),
     "cropped a little": lambda image: jpeg(image.crop((2, 0, SIZE - 1, SIZE - 3))),
     "cropped": lambda image: jpeg(image.crop((0, 5, SIZE - 8, SIZE - 2))),
-    "cropped and resized": lambda image: jpeg(image.crop((6, 6, SIZE - 6, SIZE - 6)).resize((SIZE, SIZE))),
+    "cropped and resized": lambda image: jpeg(image.crop((4, 4, SIZE - 4, SIZE - 4)).resize((SIZE, SIZE))),
     "one side cropped": lambda image: jpeg(image.crop((12, 0, SIZE, SIZE))),
-    "turned": lambda image: jpeg(image.rotate(2, Image.Resampling.BICUBIC)),
+    "turned": lambda image: jpeg(image.rotate(1, Image.Resampling.BICUBIC)),
 }
 
 
