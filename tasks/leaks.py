@@ -1,7 +1,7 @@
 """The leak guard: evaluation images that hide in the unlabeled set, as they are or slightly altered.
 
 The work lies on the side of the 10^4 to 10^5 evaluation images, so that the 10^8 others stream past at little cost. Of each
-evaluation image an index holds a small gray picture and the hashes of 100 crops of it; of an unlabeled image one hash is
+evaluation image an index holds a small gray picture and the hashes of 121 crops of it; of an unlabeled image one hash is
 looked up, and that of its mirror image. What is within a few bits is laid over the evaluation image and compared by pixels.
 `benchmarks/leak_guard.py` plants copies of every kind and counts what is found and what is lost.
 """
@@ -74,8 +74,9 @@ class LeakIndex:
     """The evaluation images, to stream others past. Immutable; make one a process.
 
     Evaluation images without detail (blank, or smooth as a sky) are found by their bytes only, or they would match each other.
-    100,000 images take 13 s to load and 0.36 GB: an image has a thumbnail of 1 kB and 100 hashes of 8 bytes, each in three
-    lists of 4 bytes; the lists' tables have 32 MB whatever the number of images.
+    100,000 images load in 15 s from 100 MB and take 0.4 GB: an image has a thumbnail of 1 kB and 121 hashes of 8 bytes, each in
+    three lists of 4 bytes; the lists' tables have 32 MB whatever the number of images. Streaming past costs 0.15 ms an image
+    against 10,000 evaluation images and 1 ms against 100,000 (one core; decoding a 500 x 400 JPEG costs 1.6 ms).
     """
 
     def __init__(self, config: LeakConfig, table: pa.Table) -> None:
