@@ -36,9 +36,8 @@ COSINES = _cosines()
 # Natural pictures lose amplitude as 1 / frequency. Multiplied back, each frequency has its say, not the broad light and dark
 # that one sky has in common with the next.
 LEVELLING = np.hypot(*np.mgrid[0:BANDS, 0:BANDS]).astype(np.float32)
-SMOOTH = np.linalg.qr(
-    np.stack([CENTERS[:, 1] ** i * CENTERS[:, 2] ** j for i in range(3) for j in range(3 - i)], axis=1)
-).Q
+# An orthonormal base of the quadratic functions of the place, float32 [SIDE * SIDE, 6].
+SMOOTH = np.linalg.qr(np.stack([CENTERS[:, 1] ** i * CENTERS[:, 2] ** j for i in range(3) for j in range(3 - i)], 1)).Q
 
 
 def box_maps(boxes: np.ndarray) -> np.ndarray:
@@ -86,7 +85,7 @@ def plausible(maps: np.ndarray) -> np.ndarray:
     middle = maps[:, :, 0] + 0.5
     reach = SIDE / 2 - np.abs(middle - SIDE / 2) - scale * SIDE / 2  # pixels inside the picture; negative: outside
     fits = (scale > LEAST_SCALE) & (scale < MOST_SCALE) & (np.abs(tilt) < MOST_TILT) & (reach > -MOST_OUTSIDE)
-    return fits.all(axis=1)
+    return np.asarray(fits.all(axis=1))
 
 
 def likeness(ones: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ class _Table:
         flips = [sum(1 << bit for bit in chosen) for k in range(changes + 1) for chosen in combinations(range(bits), k)]
         self._flips = np.array(flips, np.intp)
         values = self._values(hashes)
-        self._order = np.argsort(values, kind="stable").astype(np.int32)
+        self._order = np.argsort(values.astype(np.uint32)).astype(np.int32)
         self._starts = np.concatenate([[0], np.bincount(values, minlength=1 << bits).cumsum()]).astype(np.int32)
 
     def look_up(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

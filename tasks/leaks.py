@@ -1,8 +1,9 @@
 """The leak guard: evaluation images that hide in the unlabeled set, as they are or slightly altered.
 
 The work lies on the side of the 10^4 to 10^5 evaluation images, so that the 10^8 others stream past at little cost. Of each
-evaluation image an index holds a small gray picture and the hashes of many crops of it, also mirrored; of an unlabeled image
-one hash is looked up. What is within a few bits is laid over the evaluation image, pixel on pixel, and compared.
+evaluation image an index holds a small gray picture and the hashes of 121 crops of it; of an unlabeled image one hash is
+looked up, and that of its mirror image. What is within a few bits is laid over the evaluation image and compared by pixels.
+`benchmarks/leak_guard.py` plants copies of every kind and counts what is found and what is lost.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pydantic import Field
 from storage.alignment import align, box_maps, detail, likeness, look, plausible
 from storage.hamming import HammingIndex
 from storage.keys import Config
-from storage.phash import COSINES, FREQUENCIES, SIDE, hash_grays, hash_spectra
+from storage.phash import COSINES, FREQUENCIES, MIRRORING, SIDE, hash_spectra, spectra
 
 INDEX_SCHEMA = pa.schema([("key", pa.string()), ("sha256", pa.string()), ("thumbnail", pa.binary(SIDE * SIDE))])
 LEAKS_SCHEMA = pa.schema(
@@ -29,14 +30,13 @@ LEAKS_SCHEMA = pa.schema(
         ("distance", pa.float32()),
     ]
 )
-# The parts of a side whose crops are hashed: any part of at least 0.8 is near one of them.
-SPANS = ((0.0, 1.0), *((n * 0.06, n * 0.06 + 0.94) for n in range(2)), *((n * 0.06, n * 0.06 + 0.88) for n in range(3)))
-SPANS = (*SPANS, *((n * 0.05, n * 0.05 + 0.8) for n in range(5)))
-BOXES = np.array([(left, top, right, bottom) for (top, bottom), (left, right) in product(SPANS, SPANS)])
+# (start, length) of the parts of a side whose crops are hashed: every part of 0.8 and more is near one of them.
+PARTS = ((0, 1), *((n * 0.06, 0.94) for n in range(2)), *((n * 0.06, 0.88) for n in range(3)))
+PARTS = (*PARTS, *((n * 0.05, 0.8) for n in range(5)))
+BOXES = np.array([(x, y, x + width, y + height) for (y, height), (x, width) in product(PARTS, PARTS)])
+BOX_NUMBERS = np.arange(len(BOXES))  # the first is the whole picture
 LEAST_DETAIL = 2.0  # gray levels; below, what JPEG adds is as strong as what is there, and all skies look alike
-LEAST_LIKENESS = (
-    0.4  # before alignment; all but 2 in 1,000 of the leaks that are found start above it, most others below
-)
+LEAST_LIKENESS = 0.4  # before alignment: all but 2 in 1,000 of the planted copies lie above, 3 of 5 other pairs below
 BLOCK_IMAGES = 256
 BLOCK_PAIRS = 32  # what is worked on stays in the processor's cache: a half faster than with 256
 
@@ -73,8 +73,10 @@ def evaluation_table(keys: Sequence[str], sha256: Sequence[str], thumbnails: np.
 class LeakIndex:
     """The evaluation images, to stream others past. Immutable; make one a process.
 
-    Made from a table (INDEX_SCHEMA) in about 0.3 s per 1,000 images. In memory 4.3 kB an image (thumbnail 1 kB; 162 hashes
-    of 8 bytes, each in three lists of 4 bytes) and 32 MB of tables: 0.5 GB for 100,000 images.
+    Evaluation images without detail (blank, or smooth as a sky) are found by their bytes only, or they would match each other.
+    100,000 images load in 15 s from 100 MB and take 0.4 GB: an image has a thumbnail of 1 kB and 121 hashes of 8 bytes, each in
+    three lists of 4 bytes; the lists' tables have 32 MB whatever the number of images. Streaming past costs 0.15 ms an image
+    against 10,000 evaluation images and 1 ms against 100,000 (one core; decoding a 500 x 400 JPEG costs 1.6 ms).
     """
 
     def __init__(self, config: LeakConfig, table: pa.Table) -> None:
@@ -85,9 +87,9 @@ class LeakIndex:
         self._thumbnails = pixels.reshape(-1, SIDE, SIDE)
         self._numbers = np.flatnonzero(detail(self._thumbnails) >= LEAST_DETAIL)
         self._flips = 2 if config.mirrored else 1
-        hashes = box_hashes(self._thumbnails[self._numbers])[:, : self._flips]
-        self._whole = HammingIndex(hashes[:, :, 0].ravel(), config.hash_bits)
-        self._crops = HammingIndex(hashes[:, :, 1:].ravel(), config.crop_hash_bits)
+        hashes = box_hashes(self._thumbnails[self._numbers])
+        self._whole = HammingIndex(hashes[:, 0], config.hash_bits)
+        self._crops = HammingIndex(hashes[:, 1:].ravel(), config.crop_hash_bits)
 
     def find(self, sha256: Sequence[str], thumbnails: np.ndarray) -> list[Leak | None]:
         """The nearest evaluation image of each of n images, where one is near enough to count as a leak.
@@ -103,23 +105,25 @@ class LeakIndex:
                 found[place] = Leak(self._keys[self._by_sha256[digest]], "exact", 0.0)
         return found
 
-    def candidates(self, hashes: np.ndarray) -> "Candidates":
-        """The evaluation images that images with these hashes, uint64 [n], may be copies of."""
-        found = []
-        for index, boxes in ((self._whole, np.array([0])), (self._crops, np.arange(1, len(BOXES)))):
-            rows, entries, bits = index.search(hashes)
-            places, box = np.divmod(entries, len(boxes))
-            numbers, flips = np.divmod(places, self._flips)
-            found.append(np.stack([rows, self._numbers[numbers], bits, flips, boxes[box]], axis=1))
+    def candidates(self, thumbnails: np.ndarray) -> "Candidates":
+        """The evaluation images that thumbnails uint8 [n, SIDE, SIDE] may be copies of, by their hashes."""
+        found, low = [], spectra(thumbnails)
+        for mirrored in range(self._flips):
+            hashes = hash_spectra(low * MIRRORING if mirrored else low)
+            for index, boxes in ((self._whole, BOX_NUMBERS[:1]), (self._crops, BOX_NUMBERS[1:])):
+                rows, entries, bits = index.search(hashes)
+                numbers, box = np.divmod(entries, len(boxes))
+                flips = np.full(len(rows), mirrored)
+                found.append(np.stack([rows, self._numbers[numbers], flips, bits, boxes[box]], axis=1))
         pairs = np.unique(np.concatenate(found), axis=0)  # sorted: the box with the fewest differing bits comes first
-        _, first = np.unique(pairs[:, :2], axis=0, return_index=True)
-        rows, numbers, _, flips, box = pairs[first].T
+        _, first = np.unique(pairs[:, :3], axis=0, return_index=True)
+        rows, numbers, flips, _, box = pairs[first].T
         return Candidates(rows, numbers, flips == 1, box)
 
     def distances(self, thumbnails: np.ndarray, candidates: "Candidates") -> np.ndarray:
-        """Lay the thumbnails [n, SIDE, SIDE] over their candidates: 1 - correlation, float32 [candidates], 0 to 2.
+        """Lay the thumbnails [n, SIDE, SIDE] over their candidates: 1 - correlation, float32 [candidates], 0 and more.
 
-        Infinite where no slight crop or turn makes the one look like the other.
+        Infinite where the one does not look like the other even before it is laid exactly.
         """
         distances = np.full(len(candidates.rows), np.inf, np.float32)
         for at in range(0, len(distances), BLOCK_PAIRS):
@@ -127,15 +131,16 @@ class LeakIndex:
             seen, own = thumbnails[rows], self._thumbnails[numbers]
             seen = np.where(mirrored[:, None, None], seen[:, :, ::-1], seen)
             maps = box_maps(BOXES[boxes])
-            hopeful = np.flatnonzero(likeness(seen, look(own, maps)) >= LEAST_LIKENESS)
+            alike = likeness(seen, look(own, maps))
+            hopeful = np.flatnonzero(alike >= LEAST_LIKENESS)
             moved, maps = align(seen[hopeful], own[hopeful], maps[hopeful])
-            apart = np.where(plausible(maps), 1 - likeness(seen[hopeful], moved), np.inf)
-            distances[at + hopeful] = np.maximum(apart, 0)
+            better = np.where(plausible(maps), likeness(seen[hopeful], moved), -1)  # some alignments go astray
+            distances[at + hopeful] = 1 - np.minimum(np.maximum(alike[hopeful], better), 1)
         return distances
 
     def _find_near(self, thumbnails: np.ndarray) -> list[Leak | None]:
         found: list[Leak | None] = [None] * len(thumbnails)
-        candidates = self.candidates(hash_grays(thumbnails))
+        candidates = self.candidates(thumbnails)
         distances = self.distances(thumbnails, candidates)
         for place in np.flatnonzero(distances <= self._config.max_distance):
             row, distance = candidates.rows[place], float(distances[place])
@@ -156,24 +161,21 @@ class Candidates(NamedTuple):
 
 
 def box_hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """The hashes of all BOXES of thumbnails uint8 [n, SIDE, SIDE], plain and mirrored: uint64 [n, 2, boxes]."""
-    hashes = np.empty((len(thumbnails), 2, len(BOXES)), np.uint64)
-    for at in range(0, len(thumbnails), BLOCK_IMAGES):
-        grays = thumbnails[at : at + BLOCK_IMAGES, None].astype(np.float64)
-        rows = SPAN_COSINES @ grays  # [n, spans, frequencies, SIDE]
-        low = rows[:, :, None] @ np.swapaxes(SPAN_COSINES, 1, 2)  # [n, spans, spans, frequencies, frequencies]
-        low = low.reshape(len(grays), len(BOXES), *low.shape[-2:])
-        for flip, signs in enumerate((1, (-1) ** np.arange(FREQUENCIES))):  # mirrored, the odd waves change sign
-            flat = (low * signs).reshape(-1, FREQUENCIES, FREQUENCIES)
-            hashes[at : at + len(grays), flip] = hash_spectra(flat).reshape(len(grays), len(BOXES))
+    """The hashes of all BOXES of thumbnails uint8 [n, SIDE, SIDE]: uint64 [n, boxes]."""
+    hashes = np.empty((len(thumbnails), len(BOXES)), np.uint64)
+    for at in range(0, len(thumbnails), BLOCK_PAIRS):
+        grays = thumbnails[at : at + BLOCK_PAIRS, None].astype(np.float32)
+        rows = PART_COSINES @ grays  # [n, parts, frequencies, SIDE]
+        low = rows[:, :, None] @ np.swapaxes(PART_COSINES, 1, 2)  # [n, parts, parts, frequencies, frequencies]
+        hashes[at : at + len(low)] = hash_spectra(low.reshape(-1, FREQUENCIES, FREQUENCIES)).reshape(len(low), -1)
     return hashes
 
 
-def _span_cosines() -> np.ndarray:
-    """COSINES of a picture's part, resized: float64 [spans, FREQUENCIES, SIDE]. The part is interpolated linearly."""
-    wide = np.array([low + (high - low) * (np.arange(SIDE) + 0.5) / SIDE for low, high in SPANS]) * SIDE - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.clip(wide, 0, SIDE - 1)[:, :, None] - np.arange(SIDE)))
-    return COSINES @ weights
+def _part_cosines() -> np.ndarray:
+    """COSINES of a side's parts, stretched to the whole by linear interpolation: float32 [parts, FREQUENCIES, SIDE]."""
+    places = np.array([start + length * (np.arange(SIDE) + 0.5) / SIDE for start, length in PARTS]) * SIDE - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.clip(places, 0, SIDE - 1)[:, :, None] - np.arange(SIDE)))
+    return (COSINES @ weights).astype(np.float32)
 
 
-SPAN_COSINES = _span_cosines()
+PART_COSINES = _part_cosines()
