@@ -90,9 +90,9 @@ def test_labels_that_folders_cannot_give_are_errors_before_an_image_is_read(tmp_
     settings = make_folders(tmp_path)
 
     def failure(**fields: Any) -> str:
+        source = open_source(DataConfig(root=str(tmp_path), **{**settings, **fields}))
         with pytest.raises(UserError) as error:
-            prepared(Store(str(tmp_path / "store")), tmp_path, **{**settings, **fields})
-        assert not (tmp_path / "store").exists()
+            source.files(SPLITS)
         return str(error.value)
 
     assert "data.class_names and the class folders of data.labeled differ in 'n03_owl', 'owl'" in failure(
