@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from models.compute import group_shards
+from models.predictions import read_probabilities
 from models.worker import Stopped, Worker
 from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, get, made_parts, publish_part
 from storage.errors import StoreError, UserError
@@ -31,7 +32,6 @@ from storage.shards import (
     ShardSample,
     index_name,
     npy_bytes,
-    read_table,
     shard_files,
     write_parquet,
     write_tar,
@@ -299,14 +299,12 @@ def _write_shard(
 
 
 def _soft_labels(store: Store, labels: Manifest, rows: list[dict[str, Any]]) -> np.ndarray:
-    """The probabilities of each row, float16 [rows, classes], read from the prediction parts that hold them."""
-    files = labels.files_under("predictions/")
+    """The probabilities of each row, float16 [rows, classes], read from the parts that hold them."""
+    files = labels.files_under("probabilities/")
     found = np.zeros((len(rows), len(labels.metrics["class_names"])), np.float16)
     by_file: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
         by_file.setdefault(row["file"], []).append(place)
     for number, places in sorted(by_file.items()):
-        column = read_table(store, files[number], ["probabilities"])["probabilities"].combine_chunks()
-        values = np.asarray(column.flatten()).reshape(len(column), -1)
-        found[places] = values[[rows[place]["row"] for place in places]]
+        found[places] = read_probabilities(store, labels, files[number], [rows[place]["row"] for place in places])
     return found

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from models.compute import ComputeConfig, LocalEngine
-from models.predictions import predictions_table
+from models.predictions import predictions_table, probabilities_table
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file
 from storage.keys import Config, digest
 from storage.objects import Store
@@ -80,17 +80,20 @@ def write_digits(folder: Path) -> None:
         write_images(folder / f"{split}.parquet", images, own, CLASSES if own else None)
 
 
-def label_by_hand(store: Store, data: Manifest, seed: int = 0) -> Manifest:
+def label_by_hand(store: Store, data: Manifest, seed: int = 0, top_k: int = 0) -> Manifest:
     """Soft labels of the unlabeled split: every image another distribution, so that a mix-up shows."""
     rng, files = np.random.default_rng(seed), []
-    key = digest(["labels", data.key, seed])
+    key = digest(["labels", data.key, seed, top_k])
     for number, shard in enumerate(shard_files(data, "unlabeled")):
         keys = read_table(store, data.file(index_name(shard)), ["key"])["key"].to_pylist()
         probabilities = rng.dirichlet(np.full(len(CLASSES), 0.3), len(keys)).astype(np.float32)
         with store.staging() as folder:
-            write_parquet(folder / "part.parquet", predictions_table(keys, probabilities))
-            name = f"predictions/unlabeled/{number:05d}.parquet"
-            files.append(publish_file(store, artifact_folder("labels", key), name, folder / "part.parquet", len(keys)))
+            tables = {"predictions": predictions_table(keys, probabilities)}
+            tables["probabilities"] = probabilities_table(probabilities, top_k)
+            for kind, table in tables.items():
+                write_parquet(folder / kind, table)
+                name = f"{kind}/unlabeled/{number:05d}.parquet"
+                files.append(publish_file(store, artifact_folder("labels", key), name, folder / kind, len(keys)))
     result = StageResult(tuple(files), {"class_names": list(CLASSES)})
     return commit_result(store, "labels", key, result, {"model": "by-hand", "data": data.key})
 

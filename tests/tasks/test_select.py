@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models.compute import ComputeConfig, LocalEngine
-from models.predictions import predictions_table
+from models.predictions import predictions_table, probabilities_table
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file
 from storage.errors import UserError
 from storage.objects import Store
@@ -202,9 +202,12 @@ class Labeled:
             ]
             self.rows.update({row[0]: row for row in own})
             with self.store.staging() as folder:
-                write_parquet(folder / "p.parquet", predictions_table(keys, probabilities(own)))
-                name = f"predictions/unlabeled/{number:05d}.parquet"
-                files.append(publish_file(self.store, artifact_folder("labels", "l1"), name, folder / "p.parquet"))
+                made = {"predictions": predictions_table(keys, probabilities(own))}
+                made["probabilities"] = probabilities_table(probabilities(own))
+                for kind, table in made.items():
+                    write_parquet(folder / kind, table)
+                    name = f"{kind}/unlabeled/{number:05d}.parquet"
+                    files.append(publish_file(self.store, artifact_folder("labels", "l1"), name, folder / kind))
         return tuple(files)
 
     def context(self, key: str, processes: int = 1) -> StageContext:
