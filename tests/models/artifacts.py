@@ -19,7 +19,8 @@ from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files, write_parquet
 from tasks.contract import StageContext, StageResult
 from tasks.prepare import PrepareConfig, prepare
-from tasks.select import SelectConfig, select
+from tasks.select import select
+from tasks.selection.config import SelectConfig
 from tests.real_images import encoded, write_images
 
 CLASSES = ("zero", "one", "two", "three")
