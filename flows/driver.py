@@ -17,6 +17,7 @@ from storage.keys import digest
 from storage.leases import at_work
 from storage.objects import Store
 from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
+from storage.shards import shard_files
 from tasks.ingest import fingerprint, open_source
 from tasks.sources import LABELED_SPLITS, SPLITS, SourceFile
 from tasks.stage import StageOutcome, StageRequest, missing_inputs
@@ -120,7 +121,7 @@ def execute(run: Run, do_stage: DoStage) -> RunRecord:
             warm_up()
         for node in run.nodes:
             execute_node(run, node, do_stage)
-            if node.stage == "prepare":
+            if node.stage == "unlabeled":  # both data sets are there
                 preflight(run)
     return record
 
@@ -171,7 +172,7 @@ def preflight(run: Run) -> None:
     networks = run.experiment.networks()
     for field_name, config in networks.items():
         check_batches(config, field_name, data)
-    most = run.experiment.select.images_per_class * len(data.metrics["class_names"])
+    most = _most_selected(run, run.manifests["unlabeled"])
     for number, student in enumerate(run.experiment.iterations, start=1):
         check_unlabeled_batch(student, f"iterations.{number}", most, "a selection holds at most")
     counts = _count_parameters(run, len(data.metrics["class_names"]))
@@ -184,6 +185,14 @@ def preflight(run: Run) -> None:
                 "method wants an equal or larger student. Choose a larger network or set student.allow_smaller=true"
             )
         teacher = f"iterations.{number}"
+
+
+def _most_selected(run: Run, data: Manifest) -> int:
+    """How many unlabeled images, with duplicates, a selection of this data can hold."""
+    config = run.experiment.select
+    if config.balance:
+        return config.images_per_class * len(data.metrics["class_names"])
+    return sum(shard.rows or 0 for shard in shard_files(data, "unlabeled"))
 
 
 def _count_parameters(run: Run, num_classes: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from storage.keys import Config
 from tasks.evaluate import EvaluateConfig
 from tasks.ingest import DataConfig
 from tasks.label import LabelConfig
-from tasks.select import SelectConfig
+from tasks.selection.config import SelectConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "deployments" / "recipes"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"

@@ -10,6 +10,7 @@ from storage.keys import Config, artifact_key
 from storage.runs import NodeRecord
 from tasks import evaluate, label, prepare, report, select, train, unlabeled
 from tasks.contract import Stage
+from tasks.selection.config import SelectConfig
 
 STAGES = {
     stage.name: stage
@@ -18,7 +19,7 @@ STAGES = {
         Stage("unlabeled", unlabeled.VERSION, "dataset", unlabeled.UnlabeledConfig, unlabeled.unlabeled),
         Stage("train", train.VERSION, "model", TrainConfig, train.train),
         Stage("label", label.VERSION, "labels", label.LabelConfig, label.label),
-        Stage("select", select.VERSION, "selection", select.SelectConfig, select.select),
+        Stage("select", select.VERSION, "selection", SelectConfig, select.select),
         Stage("evaluate", evaluate.VERSION, "evaluation", evaluate.EvaluateConfig, evaluate.evaluate),
         Stage("report", report.VERSION, "report", report.ReportConfig, report.report),
     )

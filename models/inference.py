@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models.loader import IndexedImages, clean_batch, normalize
-from models.predictions import predictions_table
+from models.predictions import PREDICTIONS_FILE, PROBABILITIES_FILE, predictions_table, probabilities_table
 from models.worker import Stopped, Worker
 from models.zoo import load_folder, materialize
 from storage.artifacts import find_part, get, publish_part
@@ -114,6 +114,7 @@ def _publish(
     keys = images.index[key_column].take(list(rows)).to_pylist()
     values = np.concatenate(probabilities) if probabilities else np.zeros((0, spec["num_classes"]), np.float32)
     with store.staging() as folder:
-        path = folder / "predictions.parquet"
-        write_parquet(path, predictions_table(keys, values))
-        publish_part(store, spec["stage"], part_key, spec["numerics"], {path.name: (path, len(keys))})
+        write_parquet(folder / PREDICTIONS_FILE, predictions_table(keys, values))
+        write_parquet(folder / PROBABILITIES_FILE, probabilities_table(values))
+        files = {name: (folder / name, len(keys)) for name in (PREDICTIONS_FILE, PROBABILITIES_FILE)}
+        publish_part(store, spec["stage"], part_key, spec["numerics"], files)

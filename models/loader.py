@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from models.configs import NoiseConfig, TrainConfig
 from models.noise import clean_view, noised_view
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
-from models.predictions import read_predictions
+from models.predictions import read_predictions, read_probabilities
 from storage.artifacts import Manifest
 from storage.errors import StoreError
 from storage.images import ImageError, decode_rgb
@@ -185,17 +185,16 @@ class PseudoLabels:
 
 def _join_labels(store: Store, images: IndexedImages, labels: Manifest) -> np.ndarray:
     """Labels of each row by its source key, float16 [rows, classes]. Raises StoreError where a row has none."""
-    table = read_predictions(store, labels)
-    place = {key: number for number, key in enumerate(table["key"].to_pylist())}
+    keys = read_predictions(store, labels, ["key"])["key"].to_pylist()
+    place = {key: number for number, key in enumerate(keys)}
     try:
         rows = [place[key] for key in images.index["source_key"].to_pylist()]
     except KeyError as error:
         raise StoreError(
             f"labels {labels.key} have no label for image {error}; they are of another selection"
         ) from None
-    flat = table["probabilities"].combine_chunks()
-    probabilities = np.asarray(flat.flatten()).reshape(len(table), -1)
-    return probabilities[rows]
+    parts = [read_probabilities(store, labels, entry) for entry in labels.files_under("probabilities/")]
+    return np.concatenate(parts)[rows]
 
 
 def training_loader(

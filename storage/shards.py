@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -74,6 +75,25 @@ def write_tar(path: Path, samples: Iterable[ShardSample]) -> list[dict[str, tupl
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table in the project's one Parquet form: pyarrow, zstd, fixed row groups, no machine facts."""
     pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+
+
+def write_parquet_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+    """As `write_parquet`, from batches of any size: the row groups do not depend on them. Returns the rows."""
+    waiting: list[pa.RecordBatch] = []
+    num_rows = num_waiting = 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in batches:
+            waiting.append(batch)
+            num_waiting += batch.num_rows
+            if num_waiting < ROW_GROUP_ROWS:
+                continue
+            table = pa.Table.from_batches(waiting, schema)
+            whole = num_waiting - num_waiting % ROW_GROUP_ROWS
+            writer.write_table(table.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
+            waiting, num_waiting = table.slice(whole).to_batches(), num_waiting - whole
+            num_rows += whole
+        writer.write_table(pa.Table.from_batches(waiting, schema))
+    return num_rows + num_waiting
 
 
 class ShardReader:
@@ -193,10 +213,23 @@ def read_tables(store: Store, entries: Sequence[FileEntry], columns: Sequence[st
     return tables
 
 
+def read_rows(store: Store, entry: FileEntry, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some rows (int64, in any order, repeated or not) of a Parquet file that `write_parquet` wrote, in their order.
+
+    Only the row groups that hold them are read. Raises StoreError as `read_tables` does.
+    """
+    groups, group_of = np.unique(rows // ROW_GROUP_ROWS, return_inverse=True)
+    with store.local_copy(entry) as path:
+        try:
+            with pq.ParquetFile(path) as reader:
+                table = reader.read_row_groups(groups.tolist(), columns=list(columns) if columns else None)
+                return table.take(pa.array(group_of * ROW_GROUP_ROWS + rows % ROW_GROUP_ROWS))
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{entry.path} cannot be read as Parquet ({error})") from error
+
+
 def npy_bytes(array: Any) -> bytes:
     """A numpy array in the `.npy` format that webdataset decodes."""
-    import numpy as np
-
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()

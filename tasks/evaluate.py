@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from models.predictions import restore_probabilities
 from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
 from storage.keys import Config
 from storage.shards import read_index, read_tables, write_parquet
 from tasks.contract import StageContext, StageResult
 from tasks.label import predict
 
-VERSION = 1
+VERSION = 2
 TOP_K = 5
 LEAST_CLASSES_FOR_TOP_5 = 11  # with ten classes or fewer, top-5 accuracy says nothing
 
@@ -26,9 +27,9 @@ def evaluate(context: StageContext, config: EvaluateConfig, inputs: dict[str, Ma
     files: list[FileEntry] = []
     metrics: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for split, predictions in predict(context, inputs["model"], data, ("val", "test"), "evaluation").items():
-        files += predictions
-        probabilities, predicted = _read(context, predictions, len(names))
+    for split, made in predict(context, inputs["model"], data, ("val", "test"), "evaluation").items():
+        files += made
+        probabilities, predicted = _read(context, made, len(names))
         labels = read_index(context.store, data, split, ["label"])["label"].to_numpy()
         measured = accuracy(labels, predicted, probabilities)
         metrics[split] = {name: measured[name] for name in ("top1", "top5", "images")}
@@ -63,6 +64,10 @@ def accuracy(labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarra
 
 
 def _read(context: StageContext, files: tuple[FileEntry, ...], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    table = pa.concat_tables(read_tables(context.store, files, ["label", "probabilities"]))
-    flat = table["probabilities"].combine_chunks().flatten()
-    return np.asarray(flat).reshape(-1, num_classes), table["label"].to_numpy()
+    """Probabilities [n, classes] and classes [n] of a split, from its files of both kinds."""
+    tables = {
+        kind: pa.concat_tables(read_tables(context.store, [entry for entry in files if entry.name.startswith(kind)]))
+        for kind in ("predictions/", "probabilities/")
+    }
+    probabilities = restore_probabilities(tables["probabilities/"], num_classes)
+    return probabilities, tables["predictions/"]["label"].to_numpy()

@@ -1,6 +1,7 @@
 """label: the un-noised weight average of a model predicts every image of a data set, one Parquet part a shard."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from models.numerics import chosen_numerics, part_numerics
 from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, find_parts, made_parts
 from storage.errors import UserError
 from storage.keys import Config, digest
-from storage.shards import read_tables, shard_files
+from storage.shards import index_name, read_tables, shard_files
 from tasks.contract import StageContext, StageResult
 
-VERSION = 1
+VERSION = 2
 PREDICT = "predict"  # parts of labels and evaluations are the same thing, so they share a name
 CONFIDENCE_BINS = 20
 
@@ -27,7 +28,7 @@ def label(context: StageContext, config: LabelConfig, inputs: dict[str, Manifest
     selection = inputs.get("selection")
     source, split = (selection, "train") if selection else (inputs["data"], "unlabeled")
     files = predict(context, inputs["model"], source, [split], "labels", unique=selection is not None)[split]
-    confidence, labels = _columns(context, files)
+    confidence, labels = _columns(context, [entry for entry in files if entry.name.startswith("predictions/")])
     counts, _ = np.histogram(confidence, bins=CONFIDENCE_BINS, range=(0.0, 1.0))
     num_classes = len(inputs["model"].metrics["class_names"])
     metrics = {
@@ -50,7 +51,7 @@ def predict(
     check_classes(model, source)
     numerics = part_numerics(_numerics(context, kind))
     shards = [(split, shard) for split in splits for shard in shard_files(source, split)]
-    keys = {shard.name: _part_key(model, shard, unique) for _, shard in shards}
+    keys = {shard.name: _part_key(model, source, shard, unique) for _, shard in shards}
     found = find_parts(context.store, PREDICT, list(keys.values()), numerics)
     missing = [(split, shard) for split, shard in shards if found[keys[shard.name]] is None]
     sizes = [shard.rows or 0 for _, shard in missing]
@@ -75,9 +76,11 @@ def predict(
 
 
 def _named(split: str, parts: Sequence[Part]) -> tuple[FileEntry, ...]:
+    """The files of a split's parts by their names in the artifact: both of the first shard, of the second and so on."""
     return tuple(
-        part.files[0].model_copy(update={"name": f"predictions/{split}/{number:05d}.parquet"})
+        entry.model_copy(update={"name": f"{Path(entry.name).stem}/{split}/{number:05d}.parquet"})
         for number, part in enumerate(parts)
+        for entry in part.files
     )
 
 
@@ -95,9 +98,13 @@ def check_classes(model: Manifest, source: Manifest) -> None:
         )
 
 
-def _part_key(model: Manifest, shard: FileEntry, unique: bool) -> str:
-    """(version, config, model, shard content): a growing data set labels only its new shards."""
-    identity: dict[str, Any] = {"version": VERSION, "model": model.key, "shard": shard.sha256}
+def _part_key(model: Manifest, source: Manifest, shard: FileEntry, unique: bool) -> str:
+    """(version, model, content of the shard and of its index): a growing data set labels only its new shards.
+
+    The index counts because it decides which images of the tar are there: leaked ones are left out of it.
+    """
+    index = source.file(index_name(shard))
+    identity: dict[str, Any] = {"version": VERSION, "model": model.key, "shard": shard.sha256, "index": index.sha256}
     return digest({**identity, "unique": True} if unique else identity)
 
 
@@ -105,6 +112,6 @@ def _numerics(context: StageContext, kind: str) -> dict[str, Any]:
     return agree_numerics(context.store, kind, context.key, chosen_numerics(context.compute))
 
 
-def _columns(context: StageContext, files: tuple[FileEntry, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _columns(context: StageContext, files: Sequence[FileEntry]) -> tuple[np.ndarray, np.ndarray]:
     tables = read_tables(context.store, files, ["confidence", "label"])
     return tuple(np.concatenate([t[c].to_numpy() for t in tables]) for c in ("confidence", "label"))  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 from pydantic import Field
 
@@ -23,7 +24,8 @@ from storage.shards import ShardReader, index_name, read_table, shard_files
 from tasks import report_figures as figures
 from tasks.contract import StageContext, StageResult
 from tasks.results import result_records
-from tasks.select import SelectConfig
+from tasks.selection.config import SelectConfig
+from tasks.selection.decisions import read_decisions
 from tasks.sources import SPLITS
 
 VERSION = 1
@@ -90,11 +92,11 @@ def take_evenly(queues: Iterable[Sequence[Item]], most: int) -> list[Item]:
     return taken[:most]
 
 
-def pick_decisions(decisions: Path, kept: bool, classes: Sequence[int], most: int) -> list[Row]:
+def pick_decisions(decisions: pa.RecordBatchReader, kept: bool, classes: Sequence[int], most: int) -> list[Row]:
     """Up to `most` decisions to show: key, label, confidence, decision, copies. Chance is a hash of the key.
 
-    Kept ones are spread over `classes`, then over confidence; dropped ones over confidence alone. One pass over the
-    file; memory grows with `most` only.
+    `decisions` are those of `read_decisions`. Kept ones are spread over `classes`, then over confidence; dropped ones
+    over confidence alone. One pass; memory grows with `most` only.
     """
     import duckdb
 
@@ -106,12 +108,12 @@ def pick_decisions(decisions: Path, kept: bool, classes: Sequence[int], most: in
                 md5(key), $most
             )
         FROM (
-            SELECT *, CASE WHEN $kept THEN label ELSE 0 END AS label_group FROM read_parquet($decisions)
+            SELECT *, CASE WHEN $kept THEN label ELSE 0 END AS label_group FROM decisions
             WHERE (decision = 'kept') = $kept AND (NOT $kept OR label IN (SELECT unnest($wanted)))
         )
         GROUP BY label_group, bin ORDER BY label_group, bin
     """
-    values = {"decisions": str(decisions), "kept": kept, "wanted": wanted, "bins": CONFIDENCE_BINS, "most": most}
+    values = {"kept": kept, "wanted": wanted, "bins": CONFIDENCE_BINS, "most": most}
     groups: dict[int, list[list[Row]]] = {}
     with duckdb.connect() as connection:
         for group, _, rows in connection.execute(query, values).fetchall():
@@ -271,7 +273,7 @@ def _section(
         "selection": selection.metrics if selection else None,
         "settings": settings,
         "figures": drawn,
-        "grids": _grids(store, config, inputs["unlabeled"], selection) if selection else [],
+        "grids": _grids(store, config, inputs, selection) if selection else [],
     }
 
 
@@ -302,20 +304,33 @@ def _balance(selection: Manifest, settings: SelectConfig) -> dict[str, str]:
         "Images of each class, before and after balancing",
         f"Chart of {len(names)} classes. Labeled as the class: {ranges['available']} images; kept: {ranges['kept']}; "
         f"after balancing: {ranges['copies']}.",
-        f"At most {settings.images_per_class:,} of a class are kept, the most confident first; classes with fewer are "
-        f"filled up with copies.{f' {empty:,} classes stayed empty.' if empty else ''}",
+        f"{_rule(settings)}{f' {empty:,} classes stayed empty.' if empty else ''}",
         lambda theme: figures.class_counts(theme, names, per_class),
     )
 
 
-def _grids(store: Store, config: ReportConfig, data: Manifest, selection: Manifest) -> list[Row]:
+def _rule(settings: SelectConfig) -> str:
+    """How the classes were balanced, in a sentence."""
+    cap = f"{settings.images_per_class:,}"
+    if not settings.balance:
+        text = "Every image that passes the filter is kept once; the classes are not balanced."
+    elif settings.method == "reference":
+        text = f"Each class has a threshold of its own; above it chance gives every image its share of {cap} copies."
+    else:
+        text = f"At most {cap} of a class are kept, the most confident first; classes with fewer are filled up with copies."
+    return text if settings.subset == 1 else f"{text} Of these, a share of {settings.subset:g} is used."
+
+
+def _grids(store: Store, config: ReportConfig, inputs: dict[str, Manifest], selection: Manifest) -> list[Row]:
     """The shown images of both fates. Keys are picked first; only their bytes are read, one image at a time."""
     names, kept = selection.metrics["class_names"], selection.metrics["per_class"]["kept"]
     classes = [number for number, count in enumerate(kept) if count]
-    with store.local_copy(selection.file("decisions.parquet")) as decisions:
-        picked = {
-            fate: pick_decisions(decisions, fate == "kept", classes, config.grid_images) for fate in ("kept", "dropped")
-        }
+    data = inputs["unlabeled"]
+    labels = next(manifest for manifest in inputs.values() if manifest.key == selection.inputs["labels"])
+    picked = {
+        fate: pick_decisions(read_decisions(store, labels, selection), fate == "kept", classes, config.grid_images)
+        for fate in ("kept", "dropped")
+    }
     places = locate_images(store, data, [row["key"] for rows in picked.values() for row in rows])
     reader, grids = ShardReader(store, shard_files(data, "unlabeled")), []
     try:

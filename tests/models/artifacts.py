@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from models.compute import ComputeConfig, LocalEngine
-from models.predictions import predictions_table
+from models.predictions import predictions_table, probabilities_table
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file
 from storage.keys import Config, digest
 from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files, write_parquet
 from tasks.contract import StageContext, StageResult
-from tasks.select import SelectConfig, select
+from tasks.select import select
+from tasks.selection.config import SelectConfig
 from tests.datasets import prepare_all
 from tests.real_images import encoded, write_images
 
@@ -49,7 +50,13 @@ def make_artifacts(folder: Path) -> Artifacts:
     store = Store(str(folder / "store"))
     write_digits(folder / "images")
     context = stage_context(store, "dataset")
-    data = commit_result(store, "dataset", context.key, prepare_all(context, folder / "images", shard_images=24), {})
+    data = commit_result(
+        store,
+        "dataset",
+        context.key,
+        prepare_all(context, folder / "images", shard_images=24, leaks={"max_distance": 0}),
+        {},
+    )
     labels = label_by_hand(store, data)
     context = stage_context(store, "selection")
     chosen = SelectConfig(min_confidence=0.5, images_per_class=16, shard_images=24)
@@ -79,17 +86,20 @@ def write_digits(folder: Path) -> None:
         write_images(folder / f"{split}.parquet", images, own, CLASSES if own else None)
 
 
-def label_by_hand(store: Store, data: Manifest, seed: int = 0) -> Manifest:
+def label_by_hand(store: Store, data: Manifest, seed: int = 0, top_k: int = 0) -> Manifest:
     """Soft labels of the unlabeled split: every image another distribution, so that a mix-up shows."""
     rng, files = np.random.default_rng(seed), []
-    key = digest(["labels", data.key, seed])
+    key = digest(["labels", data.key, seed, top_k])
     for number, shard in enumerate(shard_files(data, "unlabeled")):
         keys = read_table(store, data.file(index_name(shard)), ["key"])["key"].to_pylist()
         probabilities = rng.dirichlet(np.full(len(CLASSES), 0.3), len(keys)).astype(np.float32)
         with store.staging() as folder:
-            write_parquet(folder / "part.parquet", predictions_table(keys, probabilities))
-            name = f"predictions/unlabeled/{number:05d}.parquet"
-            files.append(publish_file(store, artifact_folder("labels", key), name, folder / "part.parquet", len(keys)))
+            tables = {"predictions": predictions_table(keys, probabilities)}
+            tables["probabilities"] = probabilities_table(probabilities, top_k)
+            for kind, table in tables.items():
+                write_parquet(folder / kind, table)
+                name = f"{kind}/unlabeled/{number:05d}.parquet"
+                files.append(publish_file(store, artifact_folder("labels", key), name, folder / kind, len(keys)))
     result = StageResult(tuple(files), {"class_names": list(CLASSES)})
     return commit_result(store, "labels", key, result, {"model": "by-hand", "data": data.key})
 

@@ -16,6 +16,7 @@ from models import zoo
 from models.compute import ComputeConfig, LocalEngine
 from models.configs import ModelConfig
 from models.inference import label_shards
+from models.predictions import restore_probabilities
 from models.worker import Stopped, Worker
 from storage.artifacts import Manifest, Part, find_part
 from storage.errors import StoreError
@@ -83,16 +84,18 @@ def parts(artifacts: Artifacts, name: str, batch: int = 16) -> list[Part]:
 
 
 def content(found: list[Part]) -> list[str]:
-    return [part.files[0].sha256 for part in found]
+    return [entry.sha256 for part in found for entry in part.files]
 
 
 def probabilities(artifacts: Artifacts, found: list[Part]) -> np.ndarray:
-    columns = [read_table(artifacts.store, part.files[0])["probabilities"] for part in found]
-    return np.concatenate([np.asarray(c.combine_chunks().flatten()).astype(float).reshape(-1, 4) for c in columns])
+    tables = [read_table(artifacts.store, part.file("probabilities.parquet")) for part in found]
+    return np.concatenate([restore_probabilities(table, len(CLASSES)) for table in tables]).astype(float)
 
 
 def confidences(artifacts: Artifacts, found: list[Part]) -> np.ndarray:
-    return np.concatenate([read_table(artifacts.store, part.files[0])["confidence"].to_numpy() for part in found])
+    return np.concatenate(
+        [read_table(artifacts.store, part.file("predictions.parquet"))["confidence"].to_numpy() for part in found]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ def test_every_image_gets_a_distribution_and_its_key(artifacts: Artifacts, in_on
     assert [part.files[0].rows for part in in_one] == [24, 24, 24]
     assert probabilities(artifacts, in_one).sum(axis=1) == pytest.approx(np.ones(72), abs=2e-3)
     for part, shard in zip(in_one, shard_files(artifacts.data, "unlabeled"), strict=True):
-        table = read_table(artifacts.store, part.files[0])
+        table = read_table(artifacts.store, part.file("predictions.parquet"))
         index = read_table(artifacts.store, artifacts.data.file(shard.name.replace("shards", "index")[:-3] + "parquet"))
         assert table["key"].to_pylist() == index["key"].to_pylist()
     assert len(np.unique(confidences(artifacts, in_one))) > 60, "the network says the same of every image"
@@ -164,10 +167,10 @@ def test_copies_of_a_selection_are_labeled_once_under_their_source_key(
     artifacts: Artifacts, model: Manifest, in_one: list[Part]
 ) -> None:
     label_shards(specs(artifacts, model, "unique", [[0, 1, 2]], unique=True)[0], Worker())
-    tables = [read_table(artifacts.store, part.files[0]) for part in parts(artifacts, "unique")]
+    tables = [read_table(artifacts.store, part.file("predictions.parquet")) for part in parts(artifacts, "unique")]
     found = {k: c for t in tables for k, c in zip(t["key"].to_pylist(), t["confidence"].to_pylist(), strict=True)}
     assert sum(len(table) for table in tables) == len(found) == artifacts.selection.metrics["kept"]
-    own = [read_table(artifacts.store, part.files[0]) for part in in_one]
+    own = [read_table(artifacts.store, part.file("predictions.parquet")) for part in in_one]
     source = {k: c for t in own for k, c in zip(t["key"].to_pylist(), t["confidence"].to_pylist(), strict=True)}
     assert found == pytest.approx({key: source[key] for key in found}, abs=1e-5)
 
@@ -225,14 +228,14 @@ def test_labels_are_those_of_timms_own_evaluation_of_real_jpegs(tmp_path: Path) 
         write_images(tmp_path / f"{split}.parquet", jpegs[: len(labels)] if labels else jpegs, labels, names)
     store = Store(str(tmp_path / "store"))
     context = stage_context(store, "dataset")
-    result = prepare_all(context, tmp_path)
+    result = prepare_all(context, tmp_path, leaks={"enabled": False})
     data = commit_result(store, "dataset", context.key, result, {})
     own = Artifacts(store, data, data, data)
     model = commit_model(store, network(4), NETWORK, "random")
     label_shards(specs(own, model, "jpeg", [[0]])[0], Worker())
     part = find_part(store, "predict", digest(["jpeg", 0]), NUMERICS)
     assert part is not None
-    table = read_table(store, part.files[0])
+    table = read_table(store, part.file("predictions.parquet"))
 
     zoo.materialize(store, model, tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()

@@ -13,7 +13,7 @@ import torch
 from models.configs import TrainConfig
 from models.loader import IndexedImages, PseudoLabels, ReplicaBatch, TrainingBatches, normalize, training_loader
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder
-from models.predictions import read_predictions
+from models.predictions import read_predictions, read_probabilities
 from storage.artifacts import Manifest
 from storage.errors import StoreError
 from storage.objects import Store
@@ -121,7 +121,8 @@ def test_an_epoch_holds_every_labeled_image_once_with_its_label(artifacts: Artif
 def pseudo_labels_by_picture(artifacts: Artifacts, labels: Manifest) -> dict[bytes, bytes]:
     """What each unlabeled picture's label must be, from the labels artifact and the prepared shards."""
     table = read_predictions(artifacts.store, labels)
-    rows = np.asarray(table["probabilities"].combine_chunks().flatten()).reshape(-1, len(CLASSES)).astype(np.float32)
+    parts = [read_probabilities(artifacts.store, labels, entry) for entry in labels.files_under("probabilities/")]
+    rows = np.concatenate(parts).astype(np.float32)
     by_key = dict(zip(table["key"].to_pylist(), rows, strict=True))
     source = IndexedImages(artifacts.store, artifacts.data, "unlabeled")
     keys = source.index["key"].to_pylist()

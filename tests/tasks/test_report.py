@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -23,12 +24,15 @@ from models.predictions import predictions_table
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file, publish_part
 from storage.keys import digest
 from storage.objects import Store
-from storage.shards import INDEX_SCHEMA, ShardReader, ShardSample, index_name, read_table, write_parquet, write_tar
+from storage.shards import INDEX_SCHEMA, ShardReader, ShardSample, index_name, write_parquet, write_tar
 from tasks import report as subject
 from tasks import report_figures as figures
 from tasks.contract import StageContext, StageResult
 from tasks.report import ReportConfig, image_uri, report, spread, take_evenly
-from tasks.select import SelectConfig, decide
+from tasks.select import make_plan
+from tasks.selection.config import SelectConfig
+from tasks.selection.decisions import read_decisions
+from tasks.selection.scan import Predictions
 
 HOSTILE = ("<script>alert(1)</script>", '"dog" & <b>$x^2$</b>', "鳥")
 NUM_UNLABELED = 90
@@ -148,25 +152,18 @@ class RunBuilder:
         self.add(f"{iteration}/label", "labels", {"predictions/unlabeled/00000.parquet": table}, metrics, roles)
 
     def add_selection(self, iteration: int, settings: dict[str, Any]) -> None:
-        predictions = self.inputs[f"{iteration}/label"].files_under("predictions/")
-        decisions = pa.Table.from_batches(
-            decide([self.store.local_path(f.path) for f in predictions], SelectConfig.model_validate(settings))
-        )
-        rows, size = decisions.to_pylist(), len(self.class_names)
-        kept = [row for row in rows if row["decision"] == "kept"]
-        copies = np.bincount([r["label"] for r in rows], [r["copies"] for r in rows], minlength=size).astype(int)
-        per_class = {
-            "available": np.bincount([r["label"] for r in rows], minlength=size).tolist(),
-            "kept": np.bincount([r["label"] for r in kept], minlength=size).tolist(),
-            "copies": copies.tolist(),
-        }
-        total = int(copies.sum())
-        metrics = {
-            "labeled": len(rows), "kept": len(kept), "dropped": len(rows) - len(kept), "duplicated": total - len(kept),
-            "total": total, "per_class": per_class,
-        }  # fmt: skip
+        labels = self.inputs[f"{iteration}/label"]
+        with self.store.staging() as folder:
+            config = SelectConfig.model_validate(settings)
+            files, metrics = make_plan(Predictions(self.store, labels), config, folder)
+            decisions = pq.read_table(files["decisions.parquet"][0])
         roles = {"data": "unlabeled", "labels": f"{iteration}/label"}
         self.add(f"{iteration}/select", "selection", {"decisions.parquet": decisions}, metrics, roles, settings)
+
+    def decisions(self, iteration: int) -> list[dict[str, Any]]:
+        """Of every image: key, label, confidence, decision, copies."""
+        labels, selection = (self.inputs[f"{iteration}/{stage}"] for stage in ("label", "select"))
+        return read_decisions(self.store, labels, selection).read_all().to_pylist()
 
     def report(self, grid_images: int = 12) -> tuple[StageResult, str]:
         """Run the stage; its result and the page."""
@@ -223,13 +220,13 @@ def picture(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
 
 
-def each_iteration(folder: Path, **settings: Any) -> RunBuilder:
+def each_iteration(folder: Path, min_confidence: float = 0.6, **settings: Any) -> RunBuilder:
     """A run of one iteration in the default order of work."""
     run = RunBuilder(Store(str(folder)), **settings)
     run.add_data()
     run.add_model("0/teacher", TEACHER_TOP1)
     run.add_labels(1, "0/teacher")
-    run.add_selection(1, {"min_confidence": 0.6, "images_per_class": 15})
+    run.add_selection(1, {"min_confidence": min_confidence, "images_per_class": 15, "on_empty_class": "skip"})
     run.add_model("1/student", STUDENT_TOP1, roles={"selection": "1/select"})
     return run
 
@@ -315,7 +312,7 @@ def test_every_figure_has_a_text_alternative_and_both_themes(html: str) -> None:
 
 @pytest.mark.parametrize("fate", ["kept", "dropped"])
 def test_grids_show_the_images_of_that_fate_and_no_others(run: RunBuilder, html: str, fate: str) -> None:
-    decisions = read_table(run.store, run.inputs["1/select"].file("decisions.parquet")).to_pylist()
+    decisions = run.decisions(1)
     allowed = {row["key"] for row in decisions if (row["decision"] == "kept") == (fate == "kept")}
     tiles = Page(html).tiles[fate]
     keys = [key for key, _ in tiles]
@@ -326,9 +323,7 @@ def test_grids_show_the_images_of_that_fate_and_no_others(run: RunBuilder, html:
 
 
 def test_kept_images_are_spread_over_classes_and_confidence(run: RunBuilder, html: str) -> None:
-    decisions = {
-        row["key"]: row for row in read_table(run.store, run.inputs["1/select"].file("decisions.parquet")).to_pylist()
-    }
+    decisions = {row["key"]: row for row in run.decisions(1)}
     shown = [decisions[key] for key, _ in Page(html).tiles["kept"]]
     assert [[row["label"] for row in shown].count(c) for c in range(3)] == [4, 4, 4]
     for number in range(3):
@@ -338,9 +333,7 @@ def test_kept_images_are_spread_over_classes_and_confidence(run: RunBuilder, htm
 
 
 def test_dropped_images_are_spread_over_confidence_and_name_the_cap(run: RunBuilder, html: str) -> None:
-    decisions = {
-        row["key"]: row for row in read_table(run.store, run.inputs["1/select"].file("decisions.parquet")).to_pylist()
-    }
+    decisions = {row["key"]: row for row in run.decisions(1)}
     shown = [decisions[key] for key, _ in Page(html).tiles["dropped"]]
     dropped = [row["confidence"] for row in decisions.values() if row["decision"] != "kept"]
     confidence = [row["confidence"] for row in shown]
@@ -401,7 +394,7 @@ def test_teacher_alone_makes_a_page(tmp_path: Path) -> None:
 
 
 def test_many_classes_are_drawn_as_curves_and_listed_by_gain(tmp_path: Path) -> None:
-    run = each_iteration(tmp_path, class_names=tuple(f"class {n}" for n in range(60)))
+    run = each_iteration(tmp_path, min_confidence=0.1, class_names=tuple(f"class {n}" for n in range(60)))
     page = Page(run.report()[1])
     assert "The classes with the largest gains and losses" in page.text
     assert len({image.height for image in (picture(a["srcset"]) for t, a in page.elements if t == "source")}) == 1

@@ -1,35 +1,28 @@
-import hashlib
 import io
 import json
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from models.compute import ComputeConfig, LocalEngine
-from models.predictions import predictions_table
+from models.predictions import predictions_table, probabilities_table
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file
-from storage.errors import UserError
+from storage.errors import StoreError, UserError
 from storage.objects import Store
-from storage.shards import ROW_GROUP_ROWS, ShardReader, read_index, shard_files, write_parquet
+from storage.shards import ShardReader, read_index, read_table, shard_files, write_parquet
 from tasks.contract import StageContext, StageResult
-from tasks.select import SelectConfig, _layout_rows, decide, select
+from tasks.select import select
+from tasks.selection.config import SelectConfig
+from tasks.selection.decisions import read_decisions
 from tests.datasets import prepare_all
 from tests.real_images import write_splits
-
-NAMES = ["cat", "dog", "owl"]
-CONFIDENCES = [0.375, 0.5, 0.6, 0.7, 0.875, 1.0]  # few, so that ties and exact thresholds are common
-Row = tuple[str, int, float]  # key, label, confidence
+from tests.tasks.selection.predicted import NAMES, Row, expected_fates
 
 READ_WITH_WEBDATASET = """
 import hashlib, json, sys
@@ -55,131 +48,6 @@ def probabilities(rows: Sequence[Row]) -> np.ndarray:
     return found
 
 
-def decided(folder: Path, files: Sequence[Sequence[Row]], config: SelectConfig) -> list[dict[str, Any]]:
-    """What `decide` says of these prediction files."""
-    paths = []
-    for number, rows in enumerate(files):
-        paths.append(folder / f"{number}.parquet")
-        write_parquet(paths[-1], predictions_table([row[0] for row in rows], probabilities(rows)))
-    return [row for batch in decide(paths, config) for row in batch.to_pylist()]
-
-
-def oracle(files: Sequence[Sequence[Row]], config: SelectConfig) -> list[dict[str, Any]]:
-    """The rule in plain Python: filter, sort, cap, then copies by a draw that hashes seed and key."""
-    rows = [
-        {"key": k, "label": label, "confidence": float(np.float32(c)), "file": f, "row": r}
-        for f, own in enumerate(files)
-        for r, (k, label, c) in enumerate(own)
-    ]
-    least, cap = float(np.float32(config.min_confidence)), config.images_per_class
-    found = []
-    for label in sorted({row["label"] for row in rows}):
-        own = sorted((r for r in rows if r["label"] == label), key=lambda r: (-r["confidence"], r["key"]))
-        confident = [row for row in own if row["confidence"] >= least]
-        kept = confident[:cap]
-        drawn = sorted(
-            (row["key"] for row in kept),
-            key=lambda key: (hashlib.md5(f"{config.seed}|{key}".encode()).hexdigest(), key),
-        )
-        for row in own:
-            decision, copies = "kept", 0
-            if row not in confident:
-                decision = "below_confidence"
-            elif row not in kept:
-                decision = "over_cap"
-            else:
-                copies = cap // len(kept) + (drawn.index(row["key"]) < cap % len(kept))
-            found.append({**row, "decision": decision, "copies": copies})
-    return found
-
-
-predictions = st.lists(
-    st.tuples(st.text("abZ_-é猫0", min_size=1, max_size=4), st.integers(0, 2), st.sampled_from(CONFIDENCES)),
-    min_size=1,
-    max_size=25,
-    unique_by=lambda row: row[0],
-)
-configs = st.builds(
-    SelectConfig,
-    min_confidence=st.sampled_from([0.0, 0.4, *CONFIDENCES]),
-    images_per_class=st.integers(1, 12),
-    seed=st.integers(0, 3),
-)
-
-
-@given(predictions, configs, st.integers(1, 3))
-@example([("b", 0, 0.7), ("a", 0, 0.7), ("c", 1, 0.6)], SelectConfig(min_confidence=0.7, images_per_class=1), 1)
-def test_decisions_and_copies_are_those_of_the_rule_in_plain_python(
-    rows: list[Row], config: SelectConfig, num_files: int
-) -> None:
-    files = [own for own in (rows[number::num_files] for number in range(num_files)) if own]
-    with tempfile.TemporaryDirectory() as folder:
-        found = decided(Path(folder), files, config)
-    assert found == oracle(files, config)
-    for label in {row["label"] for row in found}:
-        copies = [row["copies"] for row in found if row["label"] == label and row["decision"] == "kept"]
-        assert sum(copies) in (config.images_per_class, 0)
-        assert bool(copies) == (sum(copies) > 0)
-        assert not copies or max(copies) - min(copies) <= 1
-
-
-def test_a_case_worked_out_by_hand(tmp_path: Path) -> None:
-    rows = [("d", 0, 0.5), ("a", 0, 0.9), ("c", 0, 0.6), ("b", 0, 0.6), ("x", 1, 0.9), ("y", 1, 0.4)]
-    found = decided(tmp_path, [rows], SelectConfig(min_confidence=0.5, images_per_class=3))
-    assert [(r["key"], r["decision"], r["copies"]) for r in found] == [
-        ("a", "kept", 1),
-        ("b", "kept", 1),  # ties go by key
-        ("c", "kept", 1),
-        ("d", "over_cap", 0),
-        ("x", "kept", 3),
-        ("y", "below_confidence", 0),
-    ]
-
-
-def test_a_confidence_equal_to_the_threshold_is_kept_though_float32_rounds_it_down(tmp_path: Path) -> None:
-    assert float(np.float32(0.7)) < 0.7
-    found = decided(tmp_path, [[("a", 0, 0.7)]], SelectConfig(min_confidence=0.7))
-    assert found[0]["decision"] == "kept"
-
-
-def test_how_predictions_are_cut_into_files_decides_nothing(tmp_path: Path) -> None:
-    rows = [(f"k{n}", n % 3, CONFIDENCES[n % 5]) for n in range(30)]
-    config = SelectConfig(min_confidence=0.5, images_per_class=7)
-    facts = ("key", "decision", "copies")
-    cuts = [[rows], [rows[:4], rows[4:]], [rows[20:], rows[:11], rows[11:20]]]
-    found = [[[row[name] for name in facts] for row in decided(tmp_path, cut, config)] for cut in cuts]
-    assert found[0] == found[1] == found[2]
-
-
-def test_the_seed_chooses_who_is_duplicated_and_nothing_else(tmp_path: Path) -> None:
-    rows = [(f"k{n}", 0, 0.9) for n in range(20)]
-    lucky = []
-    for seed in (0, 0, 1):
-        found = decided(tmp_path, [rows], SelectConfig(images_per_class=30, seed=seed))
-        assert Counter(row["copies"] for row in found) == {1: 10, 2: 10}
-        lucky.append({row["key"] for row in found if row["copies"] == 2})
-    assert lucky[0] == lucky[1]
-    assert lucky[0] != lucky[2]
-
-
-@pytest.mark.parametrize("name", ["label=7", "we[i]rd *", "Größe 猫"])
-def test_the_names_of_folders_mean_nothing(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / name / "confidence=1.0"
-    folder.mkdir(parents=True)
-    files = [[("a", 0, 0.5), ("b", 1, 0.75)], [("c", 1, 0.5)]]
-    config = SelectConfig(min_confidence=0.5, images_per_class=2)
-    assert decided(folder, files, config) == oracle(files, config)
-
-
-def test_rows_of_an_output_shard_are_found_across_row_groups(store: Store, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "layout.parquet", pa.table({"n": np.arange(ROW_GROUP_ROWS + 5000)}))
-    layout = publish_file(store, "parts/select/k1", "layout.parquet", tmp_path / "layout.parquet")
-    size = 10_000
-    for number in range(8):
-        rows = [row["n"] for row in _layout_rows(store, layout, number, size)]
-        assert rows == list(range(number * size, min((number + 1) * size, ROW_GROUP_ROWS + 5000)))
-
-
 class Labeled:
     """A prepared data set of 30 unlabeled images in 3 shards, and predictions of them, in a store."""
 
@@ -188,7 +56,9 @@ class Labeled:
         result = prepare_all(self.context("d1"), write_splits(folder / "images"), shard_images=10)
         self.data = self.commit("dataset", "d1", "prepare", {}, result.files, result.metrics)
         self.rows: dict[str, Row] = {}
-        self.labels = self.commit("labels", "l1", "label", {"model": "m1"}, self.predict(), {"class_names": NAMES})
+        self.labels = self.commit(
+            "labels", "l1", "label", {"model": "m1"}, self.predict(), {"class_names": list(NAMES)}
+        )
 
     def predict(self) -> tuple[FileEntry, ...]:
         """Class 0 has 15 images, class 1 has 10, class 2 has 5, with confidences from 0.4 to 0.98."""
@@ -201,9 +71,14 @@ class Labeled:
             ]
             self.rows.update({row[0]: row for row in own})
             with self.store.staging() as folder:
-                write_parquet(folder / "p.parquet", predictions_table(keys, probabilities(own)))
-                name = f"predictions/unlabeled/{number:05d}.parquet"
-                files.append(publish_file(self.store, artifact_folder("labels", "l1"), name, folder / "p.parquet"))
+                made = {"predictions": predictions_table(keys, probabilities(own))}
+                made["probabilities"] = probabilities_table(probabilities(own))
+                for kind, table in made.items():
+                    write_parquet(folder / kind, table)
+                    name = f"{kind}/unlabeled/{number:05d}.parquet"
+                    files.append(
+                        publish_file(self.store, artifact_folder("labels", "l1"), name, folder / kind, len(keys))
+                    )
         return tuple(files)
 
     def context(self, key: str, processes: int = 1) -> StageContext:
@@ -241,9 +116,8 @@ def selection(labeled: Labeled) -> Manifest:
 
 
 def expected_copies(labeled: Labeled) -> dict[str, int]:
-    config = SelectConfig(min_confidence=0.5, images_per_class=9)
-    files = [list(labeled.rows.values())]
-    return {row["key"]: row["copies"] for row in oracle(files, config) if row["copies"]}
+    fates = expected_fates(list(labeled.rows.values()), SelectConfig(min_confidence=0.5, images_per_class=9))
+    return {key: copies for key, (_, copies) in fates.items() if copies}
 
 
 def test_every_class_has_exactly_as_many_images_as_asked_for(labeled: Labeled, selection: Manifest) -> None:
@@ -258,9 +132,8 @@ def test_every_class_has_exactly_as_many_images_as_asked_for(labeled: Labeled, s
     assert [shard.rows for shard in shard_files(selection, "train")] == [8, 8, 8, 3]
 
 
-def test_metrics_count_what_the_decisions_say(labeled: Labeled, selection: Manifest) -> None:
-    decisions = pq.read_table(labeled.store.local_path(selection.file("decisions.parquet").path)).to_pylist()
-    assert len(decisions) == 30
+def test_metrics_and_the_table_of_classes_count_what_the_decisions_say(labeled: Labeled, selection: Manifest) -> None:
+    decisions = read_decisions(labeled.store, labeled.labels, selection).read_all().to_pylist()
     kept = Counter(row["label"] for row in decisions if row["decision"] == "kept")
     assert sum(kept.values()) == len(expected_copies(labeled))
     assert selection.metrics == {
@@ -270,10 +143,29 @@ def test_metrics_count_what_the_decisions_say(labeled: Labeled, selection: Manif
         "duplicated": 27 - sum(kept.values()),
         "total": 27,
         "per_class": {"available": [15, 10, 5], "kept": [kept[0], kept[1], kept[2]], "copies": [9, 9, 9]},
-        "class_names": NAMES,
+        "class_names": list(NAMES),
     }
     assert 0 < kept[2] < 9, "class 2 has to be duplicated for this test to mean anything"
     assert any(row["decision"] == "over_cap" for row in decisions)
+    for row in read_table(labeled.store, selection.file("classes.parquet")).to_pylist():
+        own = [decision for decision in decisions if decision["label"] == row["label"]]
+        assert row["class_name"] == NAMES[row["label"]]
+        assert row["dropped"] == sum(not decision["copies"] for decision in own) == row["available"] - row["kept"]
+        assert row["duplicated"] == 9 - row["kept"]
+        least = min(d["confidence"] for d in own if d["decision"] == "kept")
+        assert row["threshold"] == (least if row["over_cap"] else np.float32(0.5))
+
+
+def test_decisions_stand_beside_their_predictions(labeled: Labeled, selection: Manifest) -> None:
+    fates = expected_fates(list(labeled.rows.values()), SelectConfig(min_confidence=0.5, images_per_class=9))
+    found = read_decisions(labeled.store, labeled.labels, selection).read_all().to_pylist()
+    assert [row["key"] for row in found] == list(labeled.rows)
+    for row in found:
+        assert (row["decision"], row["copies"]) == fates[row["key"]]
+        assert (row["label"], row["confidence"]) == (
+            labeled.rows[row["key"]][1],
+            np.float32(labeled.rows[row["key"]][2]),
+        )
 
 
 def test_webdataset_reads_image_soft_label_and_facts_of_every_copy(labeled: Labeled, selection: Manifest) -> None:
@@ -334,21 +226,66 @@ def test_finished_parts_of_a_selection_are_kept(labeled: Labeled, selection: Man
     assert {path: labeled.store.local_path(path).stat().st_mtime_ns for path in before} == before
 
 
-def test_a_class_without_an_image_is_an_error_that_names_class_threshold_and_remedy(labeled: Labeled) -> None:
-    with pytest.raises(UserError) as error:
-        labeled.select("s3", min_confidence=0.97)
-    assert "has 0 images at confidence >= 0.97, so it cannot be balanced." in str(error.value)
-    assert "Lower select.min_confidence or set select.on_empty_class=skip" in str(error.value)
-    empty = [label for label in range(3) if not any(r[1] == label and r[2] >= 0.97 for r in labeled.rows.values())]
-    assert f"class {empty[0]} ({NAMES[empty[0]]}) (and 1 more)" in str(error.value)
+def test_a_crash_before_the_commit_loses_neither_the_plan_nor_a_shard(labeled: Labeled, selection: Manifest) -> None:
+    first, last = shard_files(selection, "train")[0], shard_files(selection, "train")[-1]
+    result = labeled.select("s6")
+    plan = {path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("parts/select")}
+    marker = next(
+        p
+        for p in labeled.store.paths("parts/select")
+        if p.startswith(Path(result.files[2].path).parent.as_posix()) and p.endswith(".json")
+    )
+    labeled.store.delete(marker)
+    again = labeled.select("s6")
+    assert again.files == result.files
+    assert [file.sha256 for file in again.files if file.name in (first.name, last.name)] == [first.sha256, last.sha256]
+    changed = [p for p, time in plan.items() if labeled.store.local_path(p).stat().st_mtime_ns != time]
+    assert changed == [marker]
+
+
+def test_another_threshold_reads_the_labels_and_changes_none_of_their_files(labeled: Labeled) -> None:
+    before = {
+        path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("artifacts/labels")
+    }
+    assert labeled.select("s7", min_confidence=0.8, on_empty_class="skip").metrics["kept"] < 20
+    after = {
+        path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("artifacts/labels")
+    }
+    assert after == before
+
+
+def test_the_shards_that_are_gathered_at_once_change_no_byte(labeled: Labeled, selection: Manifest) -> None:
+    one_shard = labeled.select("s8", shard_images=27)
+    index = read_table(labeled.store, one_shard.files[3])
+    assert index["key"].to_pylist() == read_index(labeled.store, selection, "train")["key"].to_pylist()
+
+
+def test_labels_of_another_data_set_are_refused_before_anything_is_written(labeled: Labeled, tmp_path: Path) -> None:
+    fewer = labeled.labels.model_copy(update={"files": labeled.labels.files[2:]})
+    with pytest.raises(
+        StoreError, match=r"labels l1 have 2 files of 20 images, data set d1 has 3 .* of another data set"
+    ):
+        select(labeled.context("s9"), SelectConfig(), {"data": labeled.data, "labels": fewer})
+
+
+def test_labels_whose_keys_are_not_those_of_the_images_are_refused(tmp_path: Path) -> None:
+    labeled = Labeled(tmp_path)
+    names = {"00000": "00001", "00001": "00000"}
+    swapped = [
+        f.model_copy(update={"name": f.name.replace(f.name[-13:-8], names.get(f.name[-13:-8], f.name[-13:-8]))})
+        for f in labeled.labels.files
+    ]
+    labeled.labels = labeled.commit("labels", "l2", "label", {"model": "m1"}, tuple(swapped), labeled.labels.metrics)
+    with pytest.raises(UserError, match="labels l2 and data set d1 name different images in shard"):
+        labeled.select("s1")
+
+
+def test_a_subset_without_an_image_is_an_error(labeled: Labeled) -> None:
+    with pytest.raises(UserError, match=r"select.subset=1e-12 leaves none of the images"):
+        labeled.select("s10", subset=1e-12)
 
 
 def test_an_empty_class_is_left_out_where_that_was_asked_for(labeled: Labeled) -> None:
     result = labeled.select("s4", min_confidence=0.97, on_empty_class="skip", images_per_class=4)
     assert sorted(result.metrics["per_class"]["copies"]) == [0, 0, 4]
     assert result.metrics["total"] == 4
-
-
-def test_a_selection_of_nothing_is_an_error_even_where_classes_may_be_empty(labeled: Labeled) -> None:
-    with pytest.raises(UserError, match=r"class 0 \(cat\) \(and 2 more\) has 0 images"):
-        labeled.select("s5", min_confidence=1.0, on_empty_class="skip")
