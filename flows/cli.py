@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import store_commands
+from flows import inspect_commands, store_commands
 from flows.driver import Rerun, find_node, resolve_run
 from flows.experiment import load_experiment
 from flows.terminal import (
@@ -266,7 +266,7 @@ def _node_manifest(store: Store, run_name: str, node: str) -> Any:
     return find(store, record.kind, record.key) if record else None
 
 
-for command in store_commands.COMMANDS:
+for command in (*store_commands.COMMANDS, *inspect_commands.COMMANDS):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from flows.terminal import EXIT_FAILED, JsonOption, StoreOption, console
-from storage.artifacts import Manifest, find, list_artifacts
+from flows.terminal import EXIT_FAILED, JsonOption, StoreOption, artifact_of, console
+from storage.artifacts import find, list_artifacts
 from storage.errors import UserError
 from storage.gc import Garbage, Sweep, collect, survey
 from storage.objects import Store
-from storage.runs import read_run, resolve_ref
-from storage.verify import Verdict, discard_broken, verify_all, verify_artifact
+from storage.runs import read_run
+from storage.verify import Verdict, discard_broken, verify_all
 
 RefArgument = Annotated[
     str, typer.Argument(help="A ref such as digits/2/student, or digits/2/student@1 for an older one.")
@@ -44,7 +44,7 @@ def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
 
 def show(ref: RefArgument, store: StoreOption = "nst-store") -> None:
     """Print an artifact's manifest."""
-    print(_artifact(Store(store), ref).model_dump_json(indent=1))
+    print(artifact_of(Store(store), ref).model_dump_json(indent=1))
 
 
 def report(
@@ -77,7 +77,7 @@ def export(
 ) -> None:
     """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
     opened = Store(store)
-    manifest = _artifact(opened, ref)
+    manifest = artifact_of(opened, ref)
     if manifest.kind != "model":
         raise UserError(f"{ref} is no model but a {manifest.kind}; give a teacher's or a student's ref")
     if folder.exists() and any(folder.iterdir()):
@@ -113,7 +113,7 @@ def verify(
         if everything:
             verdict = verify_all(opened, show_progress)
         else:
-            verdict = verify_artifact(opened, _artifact(opened, ref), show_progress)
+            verdict = verify_artifact(opened, artifact_of(opened, ref), show_progress)
     discarded = discard_broken(opened, verdict) if discard else []
     if as_json:
         problems = [problem.__dict__ for problem in verdict.problems]
@@ -147,14 +147,6 @@ def gc(
 
 
 COMMANDS = (ls, show, report, export, verify, gc)
-
-
-def _artifact(store: Store, ref: str) -> Manifest:
-    target = resolve_ref(store, ref)
-    manifest = find(store, target.kind, target.key)
-    if manifest is None:
-        raise UserError(f"ref {ref} points at {target.kind} {target.key}, which is not in {store.url}")
-    return manifest
 
 
 def _print_verdict(store: Store, verdict: Verdict, discarded: list[str]) -> None:

@@ -6,6 +6,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from storage.artifacts import Manifest, find
+from storage.errors import UserError
+from storage.objects import Store
+from storage.runs import resolve_ref
+
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 PIPE_WIDTH = 200  # columns where there is no terminal: tables in logs and files are not cut
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -17,3 +22,12 @@ StoreOption = Annotated[
     str, typer.Option(envvar="NST_STORE", help="Root of the artifacts: a folder, file:// or s3://BUCKET/PREFIX.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def artifact_of(store: Store, ref: str) -> Manifest:
+    """The artifact that a ref names. Raises UserError where it is not in the store."""
+    target = resolve_ref(store, ref)
+    manifest = find(store, target.kind, target.key)
+    if manifest is None:
+        raise UserError(f"ref {ref} points at {target.kind} {target.key}, which is not in {store.url}")
+    return manifest

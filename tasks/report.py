@@ -20,9 +20,10 @@ from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
 from storage.images import decode_rgb
 from storage.keys import Config, canonical_json
 from storage.objects import Store
-from storage.shards import ShardReader, index_name, read_table, shard_files
+from storage.shards import ShardReader, read_table, shard_files
 from tasks import report_figures as figures
 from tasks.contract import StageContext, StageResult
+from tasks.inspection.images import locate_images
 from tasks.results import result_records
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
@@ -125,23 +126,6 @@ def pick_decisions(decisions: pa.RecordBatchReader, kept: bool, classes: Sequenc
         queues.append(take_evenly(order[turn:] + order[:turn], most))
     picked = take_evenly(queues, most)
     return sorted(picked, key=lambda row: (row["label"] if kept else 0, -row["confidence"], row["key"]))
-
-
-def locate_images(store: Store, data: Manifest, keys: Sequence[str]) -> dict[str, Row]:
-    """Where the unlabeled images of these keys lie: shard, offset, bytes, sha256, source. One pass over the index."""
-    import duckdb
-
-    shards = shard_files(data, "unlabeled")
-    query = """
-        SELECT key, filename, "offset", bytes, sha256, source
-        FROM read_parquet($files, filename = true, hive_partitioning = false) WHERE key IN (SELECT unnest($keys))
-    """
-    with store.local_copies([data.file(index_name(shard)) for shard in shards]) as copies:
-        paths = {str(copy): shard.path for copy, shard in zip(copies, shards, strict=True)}
-        with duckdb.connect() as connection:
-            found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()
-    names = ("offset", "bytes", "sha256", "source")
-    return {key: {"shard": paths[file], **dict(zip(names, rest, strict=True))} for key, file, *rest in found}
 
 
 def image_uri(data: bytes) -> tuple[str, int]:
@@ -331,7 +315,7 @@ def _grids(store: Store, config: ReportConfig, inputs: dict[str, Manifest], sele
         fate: pick_decisions(read_decisions(store, labels, selection), fate == "kept", classes, config.grid_images)
         for fate in ("kept", "dropped")
     }
-    places = locate_images(store, data, [row["key"] for rows in picked.values() for row in rows])
+    places = locate_images(store, data, "unlabeled", [row["key"] for rows in picked.values() for row in rows])
     reader, grids = ShardReader(store, shard_files(data, "unlabeled")), []
     try:
         for fate, rows in picked.items():
