@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from storage.alignment import box_maps, look
 from storage.images import decode_rgb
-from storage.phash import SIDE, gray_thumbnail
-from tasks.leaks import INDEX_SCHEMA, Leak, LeakConfig, LeakIndex, evaluation_table
+from storage.phash import SIDE, gray_thumbnail, hash_grays
+from tasks.leaks import BOXES, INDEX_SCHEMA, Leak, LeakConfig, LeakIndex, box_hashes, cut_boxes, evaluation_table
 from tests.photographs import patches
 from tests.real_images import encoded, png
 
@@ -74,6 +75,21 @@ def test_altered_copies_are_found_with_their_original(kind: str, index: LeakInde
     assert np.mean(right) >= 0.95
     kinds = {leak.kind for leak in found if leak is not None}
     assert kinds == {"near"}
+
+
+def test_boxes_are_cut_as_their_maps_say(evaluation: list[bytes]) -> None:
+    assert BOXES[0].tolist() == [0, 0, 1, 1]
+    boxes = np.arange(len(BOXES))
+    pictures = thumbnails(evaluation)[boxes % len(evaluation)]
+    assert np.abs(cut_boxes(pictures, boxes) - look(pictures, box_maps(BOXES))).max() < 0.01
+
+
+def test_a_boxs_hash_is_that_of_the_cut_picture(evaluation: list[bytes]) -> None:
+    pictures = thumbnails(evaluation)
+    hashes = box_hashes(pictures)
+    for box in range(0, len(BOXES), 7):
+        cut = cut_boxes(pictures, np.full(len(pictures), box))
+        assert np.bitwise_count(hash_grays(cut) ^ hashes[:, box]).max() <= 2, "but for rounding"
 
 
 def test_the_same_bytes_are_exact(index: LeakIndex, evaluation: list[bytes]) -> None:
