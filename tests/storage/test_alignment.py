@@ -48,6 +48,14 @@ def test_likeness_ignores_brightness_and_contrast() -> None:
     assert likeness(pictures, 255 - pictures).max() < 0
 
 
+def test_the_same_broad_light_is_no_likeness() -> None:
+    light = np.tile(np.linspace(0, 220, SIDE), (SIDE, 1))
+    ones, others = np.random.default_rng(0).normal(0, 15, (2, 20, SIDE, SIDE))
+    pairs = zip(light + ones, light + others, strict=True)
+    assert min(np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in pairs) > 0.9
+    assert likeness(light + ones, light + others).max() < 0.8
+
+
 def test_other_parts_of_the_same_photograph_are_not_alike() -> None:
     pictures = thumbnails(patches(64))
     assert likeness(pictures, np.roll(pictures, 1, axis=0)).max() < 0.7

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from storage.alignment import box_maps, look
 from storage.images import decode_rgb
-from storage.phash import SIDE, gray_thumbnail
-from tasks.leaks import INDEX_SCHEMA, Leak, LeakConfig, LeakIndex, evaluation_table
+from storage.phash import SIDE, gray_thumbnail, hash_grays
+from tasks.leaks import BOXES, INDEX_SCHEMA, Leak, LeakConfig, LeakIndex, box_hashes, cut_boxes, evaluation_table
 from tests.photographs import patches
 from tests.real_images import encoded, png
 
@@ -76,6 +77,21 @@ def test_altered_copies_are_found_with_their_original(kind: str, index: LeakInde
     assert kinds == {"near"}
 
 
+def test_boxes_are_cut_as_their_maps_say(evaluation: list[bytes]) -> None:
+    assert BOXES[0].tolist() == [0, 0, 1, 1]
+    boxes = np.arange(len(BOXES))
+    pictures = thumbnails(evaluation)[boxes % len(evaluation)]
+    assert np.abs(cut_boxes(pictures, boxes) - look(pictures, box_maps(BOXES))).max() < 0.01
+
+
+def test_a_boxs_hash_is_that_of_the_cut_picture(evaluation: list[bytes]) -> None:
+    pictures = thumbnails(evaluation)
+    hashes = box_hashes(pictures)
+    for box in range(0, len(BOXES), 7):
+        cut = cut_boxes(pictures, np.full(len(pictures), box))
+        assert np.bitwise_count(hash_grays(cut) ^ hashes[:, box]).max() <= 2, "but for rounding"
+
+
 def test_the_same_bytes_are_exact(index: LeakIndex, evaluation: list[bytes]) -> None:
     expected = [Leak(f"test-{number:03d}", "exact", 0.0) for number in range(len(evaluation))]
     assert find(index, evaluation) == expected
@@ -109,17 +125,17 @@ def test_other_parts_of_the_same_photograph_are_kept(index: LeakIndex, evaluatio
         assert find(LeakIndex(LeakConfig(), table_of(rest)), [data]) == [None]
 
 
-def shading(rng: np.random.Generator) -> Image.Image:
-    """A sky: light that changes slowly, in some direction and color, with the noise of a sensor."""
+def shading(rng: np.random.Generator, noise: float) -> Image.Image:
+    """A sky: light that changes slowly, in some direction and color, with the noise of a sensor in gray levels."""
     y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
     slope = rng.uniform(-60, 60, 2)
-    light = rng.uniform(100, 200, 3) + (slope[0] * x + slope[1] * y)[..., None] + rng.normal(0, 1, (SIZE, SIZE, 1))
+    light = rng.uniform(100, 200, 3) + (slope[0] * x + slope[1] * y)[..., None] + rng.normal(0, noise, (SIZE, SIZE, 1))
     return Image.fromarray(light.clip(0, 255).astype(np.uint8))
 
 
 def test_blank_pictures_and_skies_match_nothing_but_their_own_bytes(evaluation: list[bytes]) -> None:
     rng = np.random.default_rng(0)
-    skies = [jpeg(shading(rng), 75) for _ in range(60)]
+    skies = [jpeg(shading(rng, number % 2), 75) for number in range(60)]
     blanks = [png_of_color(gray) for gray in (0, 1, 128, 254, 255)]
     index = LeakIndex(LeakConfig(), table_of([*skies[:30], *blanks[:3], *evaluation]))
     assert find(index, [*skies[30:], *blanks[3:]]) == [None] * 32
