@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from storage.images import decode_rgb
-from storage.phash import gray_thumbnail, hash_grays
-from tasks.leaks import Leak, LeakConfig, LeakIndex, evaluation_table
+from tasks.leaks.index import Leak, LeakConfig, LeakIndex, evaluation_table
+from tasks.leaks.phash import gray_thumbnail, hash_grays
 
 LEAST_RECALL, MOST_LOST = 0.95, 0.01
 PEER_BITS = (4, 10)

@@ -18,7 +18,7 @@ from storage.errors import UserError
 from storage.gc import Garbage, Sweep, collect, survey
 from storage.objects import Store
 from storage.runs import read_run
-from storage.verify import Verdict, discard_broken, verify_all
+from storage.verify import Verdict, discard_broken, verify_all, verify_artifact
 
 RefArgument = Annotated[
     str, typer.Argument(help="A ref such as digits/2/student, or digits/2/student@1 for an older one.")

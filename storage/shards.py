@@ -34,7 +34,7 @@ INDEX_SCHEMA = pa.schema(
         ("label", pa.int32()),  # class index; -1: unlabeled
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("phash", pa.uint64()),  # storage/phash.py: alike images differ in few bits
+        ("phash", pa.uint64()),  # tasks/leaks/phash.py: alike images differ in few bits
         ("source", pa.string()),  # where the image came from: file and row, or the path in its own archive
     ]
 )

@@ -21,10 +21,10 @@ from storage.errors import UserError
 from storage.images import ImageError, decode_rgb, image_extension
 from storage.keys import Config, digest
 from storage.objects import Store
-from storage.phash import SIDE, gray_thumbnail, hash_grays
 from storage.shards import INDEX_SCHEMA, ShardSample, index_name, write_parquet, write_tar
 from tasks.contract import StageContext
-from tasks.leaks import LeakConfig
+from tasks.leaks.index import LeakConfig
+from tasks.leaks.phash import SIDE, gray_thumbnail, hash_grays
 from tasks.sources import SPLITS, UNKNOWN_ROWS, RawImage, Source, SourceFile
 from tasks.sources.digits import DigitsConfig, DigitsSource
 from tasks.sources.files import FilesSource

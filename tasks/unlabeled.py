@@ -25,7 +25,6 @@ from storage.artifacts import (
 )
 from storage.keys import digest
 from storage.objects import Store
-from storage.phash import SIDE
 from storage.shards import read_table, read_tables, write_parquet
 from tasks.contract import StageContext, StageResult
 from tasks.ingest import (
@@ -38,7 +37,8 @@ from tasks.ingest import (
     plan_stretches,
     shard_entry,
 )
-from tasks.leaks import LEAKS_SCHEMA, LeakConfig, LeakIndex, evaluation_table
+from tasks.leaks.index import LEAKS_SCHEMA, LeakConfig, LeakIndex, evaluation_table
+from tasks.leaks.phash import SIDE
 
 VERSION = 1
 GUARD = "guard"

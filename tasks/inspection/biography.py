@@ -66,10 +66,13 @@ def _chosen(
     """What a selection made of the image that stands at `place` among its labels."""
     import duckdb
 
-    with store.local_copies([selection.file(DECISIONS_FILE), selection.file("classes.parquet")]) as (
-        decisions,
-        classes,
-    ), duckdb.connect() as connection:
+    with (
+        store.local_copies([selection.file(DECISIONS_FILE), selection.file("classes.parquet")]) as (
+            decisions,
+            classes,
+        ),
+        duckdb.connect() as connection,
+    ):
         query = "SELECT decision, copies FROM read_parquet($file) LIMIT 1 OFFSET $place"
         fate = connection.execute(query, {"file": str(decisions), "place": place}).fetchone() or ("unknown", 0)
         label = next(_matching(store, labels, "predictions/", "key", key))["label"]

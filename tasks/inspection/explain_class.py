@@ -48,7 +48,9 @@ def explain_class(store: Store, selection: Manifest, labels: Manifest, name: str
         connection.execute(query, {"label": label})
 
         def pick(where: str, order: str) -> list[Row]:
-            found = connection.execute(f"SELECT * FROM own WHERE {where} ORDER BY {order}, key LIMIT {images}").fetchall()
+            found = connection.execute(
+                f"SELECT * FROM own WHERE {where} ORDER BY {order}, key LIMIT {images}"
+            ).fetchall()
             return [dict(zip(("key", "confidence", "decision", "copies"), row, strict=True)) for row in found]
 
         return ClassStory(
@@ -85,4 +87,4 @@ def picture_of(store: Store, data: Manifest, story: ClassStory) -> Image.Image:
 
 
 def _fate(row: Row) -> str:
-    return f"x{row['copies']}" if row["copies"] else str(row["decision"]).replace("_", " ")
+    return f"x{row['copies']}" if row["copies"] else str(row["decision"]).split("_")[0]

@@ -6,7 +6,7 @@ together with a gain and an offset of the brightness (Lucas and Kanade 1981).
 
 import numpy as np
 
-from storage.phash import SIDE
+from tasks.leaks.phash import SIDE
 
 STEPS = 4
 BANDS = 12  # frequencies a side, of 32: above lies mostly what JPEG and resizing change

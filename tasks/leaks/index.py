@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from storage.alignment import align, box_maps, detail, likeness, plausible
-from storage.hamming import HammingIndex
 from storage.keys import Config
-from storage.phash import COSINES, FREQUENCIES, MIRRORING, SIDE, hash_spectra, spectra
+from tasks.leaks.alignment import align, box_maps, detail, likeness, plausible
+from tasks.leaks.hamming import HammingIndex
+from tasks.leaks.phash import COSINES, FREQUENCIES, MIRRORING, SIDE, hash_spectra, spectra
 
 INDEX_SCHEMA = pa.schema([("key", pa.string()), ("sha256", pa.string()), ("thumbnail", pa.binary(SIDE * SIDE))])
 LEAKS_SCHEMA = pa.schema(

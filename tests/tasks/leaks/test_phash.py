@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from storage.phash import MIRRORING, gray_thumbnail, hash_grays, hash_spectra, perceptual_hash, spectra
+from tasks.leaks.phash import MIRRORING, gray_thumbnail, hash_grays, hash_spectra, perceptual_hash, spectra
 from tests.photographs import patches, photograph
 from tests.real_images import picture
 

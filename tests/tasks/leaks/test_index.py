@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from storage.alignment import box_maps, look
 from storage.images import decode_rgb
-from storage.phash import SIDE, gray_thumbnail, hash_grays
-from tasks.leaks import BOXES, INDEX_SCHEMA, Leak, LeakConfig, LeakIndex, box_hashes, cut_boxes, evaluation_table
+from tasks.leaks.alignment import box_maps, look
+from tasks.leaks.index import BOXES, INDEX_SCHEMA, Leak, LeakConfig, LeakIndex, box_hashes, cut_boxes, evaluation_table
+from tasks.leaks.phash import SIDE, gray_thumbnail, hash_grays
 from tests.photographs import patches
 from tests.real_images import encoded, png
 

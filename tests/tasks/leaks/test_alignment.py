@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storage.alignment import align, box_maps, detail, likeness, look, plausible
-from storage.phash import SIDE, gray_thumbnail
+from tasks.leaks.alignment import align, box_maps, detail, likeness, look, plausible
+from tasks.leaks.phash import SIDE, gray_thumbnail
 from tests.photographs import patches
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])

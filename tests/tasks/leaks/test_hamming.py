@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.hamming import HammingIndex, cut
+from tasks.leaks.hamming import HammingIndex, cut
 
 
 def clustered(rng: np.random.Generator, count: int, num_centers: int) -> np.ndarray:
