@@ -4,8 +4,6 @@ The page loads nothing: figures and images are data URIs. It holds no time and n
 inputs make the same bytes. Of large data sets only the rows and the image bytes that are shown are read.
 """
 
-import base64
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,17 +11,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 from pydantic import Field
 
 from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
-from storage.images import decode_rgb
 from storage.keys import Config, canonical_json
 from storage.objects import Store
 from storage.shards import ShardReader, read_table, shard_files
 from tasks import report_figures as figures
 from tasks.contract import StageContext, StageResult
 from tasks.inspection.images import locate_images
+from tasks.report_images import data_uri, leak_section, shown
 from tasks.results import result_records
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
@@ -32,8 +29,6 @@ from tasks.sources import SPLITS
 VERSION = 1
 TEMPLATE = "report.html.j2"
 CONFIDENCE_BINS = 20  # the shown images are spread over these
-TILE_PX = 160  # larger images are shrunk to it, or a page of photographs would weigh 100 MB
-SMALL_PX = 64  # smaller images are shown with their pixels as squares
 KEY_DIGITS = 12
 MOST_CLASS_ROWS = 20
 WITHIN_ITERATION = ("teacher", "selector", "label", "select", "student", "evaluate")
@@ -67,6 +62,7 @@ def report(context: StageContext, config: ReportConfig, inputs: dict[str, Manife
         "training": _training_figures(context.store, inputs),
         "sections": sections,
         "classes": _class_accuracy(context.store, records, inputs),
+        "leaks": leak_section(context.store, inputs["unlabeled"], inputs["prepare"], config.grid_images // 2),
         "lineage": _lineage(inputs),
     }
     with context.store.staging() as folder:
@@ -128,24 +124,6 @@ def pick_decisions(decisions: pa.RecordBatchReader, kept: bool, classes: Sequenc
     return sorted(picked, key=lambda row: (row["label"] if kept else 0, -row["confidence"], row["key"]))
 
 
-def image_uri(data: bytes) -> tuple[str, int]:
-    """An image as a data URI, shrunk to `TILE_PX`, and the longer side of what is in it. Always encoded anew.
-
-    Small pictures stay exact (PNG); shrunk ones are JPEG. What a source hid behind the pixels does not enter the page.
-    """
-    image = decode_rgb(data)
-    shrunk = max(image.size) > TILE_PX
-    if shrunk:
-        image.thumbnail((TILE_PX, TILE_PX), Image.Resampling.BOX)
-    stream = io.BytesIO()
-    image.save(stream, **({"format": "JPEG", "quality": 85} if shrunk else {"format": "PNG"}))
-    return _data_uri(stream.getvalue(), "jpeg" if shrunk else "png"), max(image.size)
-
-
-def _data_uri(data: bytes, subtype: str) -> str:
-    return f"data:image/{subtype};base64,{base64.b64encode(data).decode()}"
-
-
 def _render(page: dict[str, Any]) -> str:
     import jinja2
 
@@ -163,7 +141,7 @@ def _render(page: dict[str, Any]) -> str:
 
 
 def _figure(title: str, alt: str, caption: str, draw: Callable[[figures.Theme], bytes]) -> dict[str, str]:
-    light, dark = (_data_uri(draw(theme), "png") for theme in (figures.LIGHT, figures.DARK))
+    light, dark = (data_uri(draw(theme), "png") for theme in (figures.LIGHT, figures.DARK))
     return {"title": title, "alt": alt, "caption": caption, "light": light, "dark": dark}
 
 
@@ -327,8 +305,7 @@ def _grids(store: Store, config: ReportConfig, inputs: dict[str, Manifest], sele
 
 
 def _tile(reader: ShardReader, row: Row, place: Row, class_name: str) -> Row:
-    uri, side = image_uri(reader.read(place["shard"], place["offset"], place["bytes"], place["sha256"]))
-    return {**row, "class_name": class_name, "source": place["source"], "uri": uri, "pixelated": side <= SMALL_PX}
+    return {**row, "class_name": class_name, "source": place["source"], **shown(reader, place)}
 
 
 def _class_accuracy(store: Store, records: list[Row], inputs: dict[str, Manifest]) -> Row | None:

@@ -4,7 +4,9 @@ Validation and test images that hide among them are left out: of the index, whic
 A shard is made once, whatever the evaluation images are; guarding it reads its hashes and thumbnails only.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,6 +46,7 @@ VERSION = 1
 GUARD = "guard"
 GUARD_VERSION = 1
 SPLIT = "unlabeled"
+LEAKS_FILE = "leaks.parquet"
 EVALUATION_SPLITS = ("val", "test")
 DUPLICATES_MEMORY = "1GB"
 
@@ -62,30 +65,26 @@ def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, 
 
     Raises UserError on missing files and on too many rejects.
     """
-    source = open_source(config)
+    source, data = open_source(config), inputs["data"]
     parts = ingest(context, config, plan_stretches(config, source.files([SPLIT])))
     counts = check_rejects(config, SPLIT, parts)
+    guarded = guard(context, config.leaks, data, parts) if config.leaks.enabled else []
+    kept = [next((entry for entry in part.files if entry.name == "index.parquet"), None) for part in guarded]
+    indices = [own or part.file("index.parquet") for own, part in zip_longest(kept, parts)]
     rejects = [part.file("rejects.parquet") for part in parts]
-    files: list[FileEntry] = []
-    indices, found = [part.file("index.parquet") for part in parts], LEAKS_SCHEMA.empty_table()
-    if config.leaks.enabled:
-        guarded = guard(context, config.leaks, inputs["data"], parts)
-        kept = [next((e for e in part.files if e.name == "index.parquet"), None) for part in guarded]
-        indices = [own or before for own, before in zip(kept, indices, strict=True)]
-        found = pa.concat_tables(read_tables(context.store, [part.file("leaks.parquet") for part in guarded]))
     files = name_files(SPLIT, list(zip(map(shard_entry, parts), indices, strict=True)), rejects)
+    leaks = _all_leaks(context.store, parts, guarded)
     with context.store.staging() as folder:
-        write_parquet(folder / "leaks.parquet", found)
+        write_parquet(folder / LEAKS_FILE, leaks)
         place = artifact_folder("dataset", context.key)
-        files.append(publish_file(context.store, place, "leaks.parquet", folder / "leaks.parquet", found.num_rows))
+        files.append(publish_file(context.store, place, LEAKS_FILE, folder / LEAKS_FILE, leaks.num_rows))
     counts |= {
-        "images": counts["images"] - found.num_rows,
-        "leaked": found.num_rows,
+        "images": counts["images"] - leaks.num_rows,
+        "leaked": leaks.num_rows,
         "duplicates": count_duplicates(context.store, [entry for entry in files if entry.name.startswith("index/")]),
     }
-    kinds = {kind: int(np.sum(found["kind"].to_numpy() == kind)) for kind in sorted(set(found["kind"].to_pylist()))}
-    metrics = {SPLIT: counts, "leaks": kinds, "class_names": inputs["data"].metrics["class_names"]}
-    return StageResult(tuple(files), metrics)
+    kinds = dict(sorted(Counter(leaks["kind"].to_pylist()).items()))
+    return StageResult(tuple(files), {SPLIT: counts, "leaks": kinds, "class_names": data.metrics["class_names"]})
 
 
 def guard(context: StageContext, config: LeakConfig, data: Manifest, parts: Sequence[Part]) -> list[Part]:
@@ -154,6 +153,15 @@ def count_duplicates(store: Store, indices: Sequence[FileEntry]) -> int:
     return int(found)
 
 
+def _all_leaks(store: Store, parts: Sequence[Part], guarded: Sequence[Part]) -> pa.Table:
+    """The leaks of all shards, each with its shard."""
+    tables = [LEAKS_SCHEMA.append(pa.field("shard", pa.string())).empty_table()]
+    found = read_tables(store, [part.file(LEAKS_FILE) for part in guarded])
+    for part, table in zip(parts, found, strict=False):
+        tables.append(table.append_column("shard", pa.array([shard_entry(part).path] * len(table), pa.string())))
+    return pa.concat_tables(tables)
+
+
 def _read(part: Part) -> list[FileEntry]:
     """What guarding a shard reads."""
     return [part.file("index.parquet"), part.file("thumbnails.parquet")]
@@ -177,6 +185,7 @@ def _guard_shard(store: Store, key: str, leaks: LeakIndex, pair: Sequence[FileEn
             "evaluation_key": leak.evaluation_key,
             "kind": leak.kind,
             "distance": leak.distance,
+            **{name: index[name][place].as_py() for name in ("offset", "bytes", "sha256")},
         }
         for place, leak in enumerate(found)
         if leak is not None

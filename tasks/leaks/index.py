@@ -28,6 +28,9 @@ LEAKS_SCHEMA = pa.schema(
         ("evaluation_key", pa.string()),
         ("kind", pa.string()),
         ("distance", pa.float32()),
+        ("offset", pa.int64()),  # of the unlabeled image's bytes in its shard, for those who look at the pairs
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
     ]
 )
 # (start, length) of the parts of a side whose crops are hashed: every part of 0.8 and more is near one of them.

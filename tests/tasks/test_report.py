@@ -28,7 +28,8 @@ from storage.shards import INDEX_SCHEMA, ShardReader, ShardSample, index_name, w
 from tasks import report as subject
 from tasks import report_figures as figures
 from tasks.contract import StageContext, StageResult
-from tasks.report import ReportConfig, image_uri, report, spread, take_evenly
+from tasks.report import ReportConfig, report, spread, take_evenly
+from tasks.report_images import image_uri
 from tasks.select import make_plan
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions

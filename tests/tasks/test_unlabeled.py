@@ -19,6 +19,7 @@ from storage.objects import Store
 from storage.shards import ShardReader, read_index, read_table, shard_files
 from storage.verify import verify_artifact
 from tasks.contract import StageContext, StageResult
+from tasks.report_images import leak_section
 from tasks.unlabeled import count_duplicates
 from tests.broken_images import broken_images, odd_images
 from tests.datasets import HereEngine, prepare_all
@@ -108,6 +109,18 @@ def test_evaluation_images_among_the_unlabeled_ones_are_left_out_and_told(store:
     assert [shard.rows for shard in shard_files(manifest, "unlabeled")] == [10, 10, 5]
     assert manifest.metrics["unlabeled"] == {"images": 25, "rejected": 0, "leaked": 5, "duplicates": 0}
     assert manifest.metrics["leaks"] == {"exact": 1, "mirrored": 1, "near": 3}
+
+
+def test_the_report_shows_pairs_of_every_kind(store: Store, leaky: Path) -> None:
+    manifest = committed(store, run(store, leaky))
+    section = leak_section(store, manifest, manifest, most=3)
+    assert section is not None
+    assert (section["counts"], section["total"]) == ({"exact": 1, "mirrored": 1, "near": 3}, 5)
+    assert [pair["kind"] for pair in section["pairs"]] == ["exact", "mirrored", "near"]
+    exact = section["pairs"][0]
+    assert exact["found"] == exact["evaluation"]
+    assert section["pairs"][2]["found"] != section["pairs"][2]["evaluation"]
+    assert leak_section(store, manifest.model_copy(update={"metrics": {}}), manifest, most=3) is None
 
 
 def test_the_guard_can_be_switched_off_and_told_to_spare_mirror_images(store: Store, leaky: Path) -> None:

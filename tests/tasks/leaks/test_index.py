@@ -188,7 +188,7 @@ def test_a_stricter_distance_finds_fewer(evaluation: list[bytes]) -> None:
 
 
 def test_copies_of_cifar_images_are_found_among_thousands() -> None:
-    path = Path(__file__).resolve().parents[2].parent / "shared/data/cifar10-val.parquet"
+    path = Path(__file__).resolve().parents[4] / "shared/data/cifar10-val.parquet"
     if not path.exists():
         pytest.skip("../shared/data is not there")
     images = [row["bytes"] for row in pq.read_table(path)["image"].to_pylist()]
