@@ -70,10 +70,10 @@ def _planned_selection(run: Run, node: Node) -> PlannedSelection | None:
     labels = find(run.store, "labels", run.records[node.inputs["labels"]].key)
     if labels is None:
         return None
-    predictions = Predictions(run.store, labels)
     with tempfile.TemporaryDirectory(prefix="nst-plan-") as scratch:
+        predictions = Predictions(run.store, labels, Path(scratch))
         try:
-            counts = count_classes(predictions, SelectConfig.model_validate(node.config), Path(scratch))
+            counts = count_classes(predictions, SelectConfig.model_validate(node.config))
         except UserError as error:
             return PlannedSelection(problem=str(error))
     return PlannedSelection(tuple(counts.table(predictions.class_names).to_pylist()))

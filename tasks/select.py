@@ -79,15 +79,13 @@ def plan_selection(store: Store, key: str, config: SelectConfig, labels: Manifes
     if existing is not None:
         return existing
     with store.staging() as folder:
-        files, facts = make_plan(Predictions(store, labels), config, folder)
+        files, facts = make_plan(Predictions(store, labels, folder), config)
         return publish_part(store, STAGE, part_key, NO_NUMERICS, files, facts)
 
 
-def make_plan(
-    predictions: Predictions, config: SelectConfig, folder: Path
-) -> tuple[dict[str, tuple[Path, int]], dict[str, Any]]:
-    """Write the files of `plan_selection` into `folder`; returns them (name -> path, rows) and the facts."""
-    rules = find_rules(predictions, config, folder)
+def make_plan(predictions: Predictions, config: SelectConfig) -> tuple[dict[str, tuple[Path, int]], dict[str, Any]]:
+    """Write the files of `plan_selection` into the scratch folder; returns them (name -> path, rows) and the facts."""
+    folder, rules = predictions.scratch, find_rules(predictions, config)
     counts = ClassCounts.none(predictions.num_classes)
     at_most = config.images_per_class * predictions.num_classes if config.balance else predictions.num_images
 
