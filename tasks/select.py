@@ -6,6 +6,7 @@ hash of seed and key: the selection is the same on every machine. `tasks/selecti
 """
 
 from collections.abc import Iterator
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,14 @@ def make_plan(predictions: Predictions, config: SelectConfig) -> tuple[dict[str,
 
         def decide(batch: Batch) -> tuple[Any, ...]:
             decisions, copies = rules.decide(batch)
-            return batch.labels, decisions, copies, shuffle.split(*draw_copies(batch, copies, config.seed))
+            pieces = starmap(shuffle.split, draw_copies(batch, copies, config.seed))
+            return batch.labels, decisions, copies, chain([next(pieces)], pieces)  # the first is made here, in a thread
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for labels, decisions, copies, by_bucket in predictions.scan(decide):
+            for labels, decisions, copies, pieces in predictions.scan(decide):
                 counts.add(labels, decisions, copies)
-                shuffle.add(by_bucket)
+                for split in pieces:
+                    shuffle.add(split)
                 yield decisions_batch(decisions, copies)
 
         decisions = folder / DECISIONS_FILE
