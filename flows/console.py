@@ -22,6 +22,7 @@ from rich.text import Text
 
 from flows.plan import PlannedSelection
 from tasks.selection.rules import DECISIONS
+from tasks.sources import SPLITS
 from tasks.stage import StageOutcome, StageRequest
 
 PLAIN_INTERVAL_S = 10.0
@@ -137,7 +138,7 @@ def describe(outcome: StageOutcome) -> str:
     """One line on what a stage made."""
     manifest, metrics = outcome.manifest, outcome.manifest.metrics
     facts = {
-        "dataset": lambda: ", ".join(f"{metrics[s]['images']:,} {s}" for s in ("labeled", "val", "test", "unlabeled")),
+        "dataset": lambda: ", ".join(_split(s, metrics[s]) for s in SPLITS if s in metrics),
         "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
         "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
         "selection": lambda: (
@@ -148,6 +149,12 @@ def describe(outcome: StageOutcome) -> str:
     }[manifest.kind]()
     seconds = "" if outcome.reused else f" in {manifest.provenance['seconds']:.0f} s"
     return f"{manifest.kind} {manifest.key[:12]}: {facts}{seconds}"
+
+
+def _split(name: str, counts: dict[str, int]) -> str:
+    """A split's images, and those that were left out."""
+    left_out = [f"{counts[fate]:,} {fate}" for fate in ("rejected", "leaked") if counts.get(fate)]
+    return f"{counts['images']:,} {name}" + (f" ({', '.join(left_out)})" if left_out else "")
 
 
 def results_table(records: list[dict[str, Any]], title: str) -> Table:

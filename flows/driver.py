@@ -18,8 +18,8 @@ from storage.leases import at_work
 from storage.objects import Store
 from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
 from storage.shards import shard_files
-from tasks.prepare import fingerprint, open_source
-from tasks.sources import SourceFile
+from tasks.ingest import fingerprint, open_source
+from tasks.sources import LABELED_SPLITS, SPLITS, SourceFile
 from tasks.stage import StageOutcome, StageRequest, missing_inputs
 from tasks.train import check_batches, check_unlabeled_batch
 
@@ -95,8 +95,12 @@ def resolve_run(experiment: Experiment, recipe: str, store: Store, rerun: Rerun,
         for node in nodes:
             if rerun.covers(node):
                 generations[node.name] = generations.get(node.name, 0) + 1
-    sources = open_source(experiment.data).files()
-    records = resolve_keys(nodes, fingerprint(sources), generations)
+    sources = open_source(experiment.data).files(SPLITS)
+    fingerprints = {
+        "prepare": fingerprint([file for file in sources if file.split in LABELED_SPLITS]),
+        "unlabeled": fingerprint([file for file in sources if file.split not in LABELED_SPLITS]),
+    }
+    records = resolve_keys(nodes, fingerprints, generations)
     return Run(experiment, recipe, store, nodes, {r.name: r for r in records}, sources, prefect_run)
 
 
@@ -117,7 +121,7 @@ def execute(run: Run, do_stage: DoStage) -> RunRecord:
             warm_up()
         for node in run.nodes:
             execute_node(run, node, do_stage)
-            if node.stage == "prepare":
+            if node.stage == "unlabeled":  # both data sets are there
                 preflight(run)
     return record
 
@@ -168,7 +172,7 @@ def preflight(run: Run) -> None:
     networks = run.experiment.networks()
     for field_name, config in networks.items():
         check_batches(config, field_name, data)
-    most = _most_selected(run, data)
+    most = _most_selected(run, run.manifests["unlabeled"])
     for number, student in enumerate(run.experiment.iterations, start=1):
         check_unlabeled_batch(student, f"iterations.{number}", most, "a selection holds at most")
     counts = _count_parameters(run, len(data.metrics["class_names"]))

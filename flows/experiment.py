@@ -18,8 +18,8 @@ from models.configs import TrainConfig
 from storage.errors import UserError
 from storage.keys import Config
 from tasks.evaluate import EvaluateConfig
+from tasks.ingest import DataConfig
 from tasks.label import LabelConfig
-from tasks.prepare import PrepareConfig
 from tasks.selection.config import SelectConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "deployments" / "recipes"
@@ -32,7 +32,7 @@ class Recipe(Config):
 
     name: str = Field(pattern=NAME_PATTERN, description="of the experiment: its runs and refs carry it")
     description: str = ""
-    data: PrepareConfig = PrepareConfig()
+    data: DataConfig = DataConfig()
     train: TrainConfig
     teacher: TrainConfig
     student: TrainConfig
@@ -51,7 +51,7 @@ class Experiment(Config):
 
     name: str = Field(pattern=NAME_PATTERN)
     description: str = ""
-    data: PrepareConfig = PrepareConfig()
+    data: DataConfig = DataConfig()
     teacher: TrainConfig
     iterations: tuple[TrainConfig, ...] = Field(min_length=1, max_length=100)
     selector: TrainConfig | None = Field(

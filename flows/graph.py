@@ -8,7 +8,7 @@ from models.configs import TrainConfig
 from storage.artifacts import SOURCE_ROLE
 from storage.keys import Config, artifact_key
 from storage.runs import NodeRecord
-from tasks import evaluate, label, prepare, report, select, train
+from tasks import evaluate, label, prepare, report, select, train, unlabeled
 from tasks.contract import Stage
 from tasks.selection.config import SelectConfig
 
@@ -16,6 +16,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("prepare", prepare.VERSION, "dataset", prepare.PrepareConfig, prepare.prepare),
+        Stage("unlabeled", unlabeled.VERSION, "dataset", unlabeled.UnlabeledConfig, unlabeled.unlabeled),
         Stage("train", train.VERSION, "model", TrainConfig, train.train),
         Stage("label", label.VERSION, "labels", label.LabelConfig, label.label),
         Stage("select", select.VERSION, "selection", SelectConfig, select.select),
@@ -23,12 +24,12 @@ STAGES = {
         Stage("report", report.VERSION, "report", report.ReportConfig, report.report),
     )
 }
-ROLES = ("prepare", "teacher", "selector", "label", "select", "student", "evaluate", "report")
+ROLES = ("prepare", "unlabeled", "teacher", "selector", "label", "select", "student", "evaluate", "report")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of an experiment. Its name is `prepare`, `report` or `<iteration>/<role>`; inputs are names of nodes."""
+    """One stage of an experiment. Its name is `prepare`, `unlabeled`, `report` or `<iteration>/<role>`; inputs are names of nodes."""
 
     name: str
     stage: str
@@ -44,7 +45,7 @@ class Node:
     def section(self) -> str:
         """Where the node's config stands in a recipe, for messages: `teacher`, `iterations.2`, `select`."""
         iteration, _, role = self.name.rpartition("/")
-        sections = {"prepare": "data", "student": f"iterations.{iteration}"}
+        sections = {"prepare": "data", "unlabeled": "data", "student": f"iterations.{iteration}"}
         return sections.get(role, role)
 
 
@@ -52,7 +53,8 @@ def build_graph(experiment: Experiment) -> list[Node]:
     """The nodes in an order in which each follows its inputs."""
     teacher = experiment.teacher.as_teacher()
     nodes = [
-        Node("prepare", "prepare", experiment.data, {}),
+        Node("prepare", "prepare", prepare.PrepareConfig(**dict(experiment.data)), {}),
+        Node("unlabeled", "unlabeled", unlabeled.UnlabeledConfig(**dict(experiment.data)), {"data": "prepare"}),
         Node("0/teacher", "train", teacher, {"data": "prepare"}),
         _evaluation(experiment, 0, "teacher"),
     ]
@@ -62,16 +64,16 @@ def build_graph(experiment: Experiment) -> list[Node]:
         if experiment.selector is not None:
             selector = "0/selector"
             nodes.append(Node(selector, "train", experiment.selector.as_teacher(), {"data": "prepare"}))
-        nodes.append(Node("0/label", "label", experiment.label, {"data": "prepare", "model": selector}))
-        nodes.append(Node("0/select", "select", experiment.select, {"data": "prepare", "labels": "0/label"}))
+        nodes.append(Node("0/label", "label", experiment.label, {"data": "unlabeled", "model": selector}))
+        nodes.append(Node("0/select", "select", experiment.select, {"data": "unlabeled", "labels": "0/label"}))
     for number, student in enumerate(experiment.iterations, start=1):
-        inputs = {"data": "prepare", "model": model}
+        inputs = {"data": "unlabeled", "model": model}
         if experiment.order == "once":
             nodes.append(Node(f"{number}/label", "label", experiment.label, {**inputs, "selection": "0/select"}))
             sources = {"selection": "0/select", "labels": f"{number}/label"}
         else:
             nodes.append(Node(f"{number}/label", "label", experiment.label, inputs))
-            chosen = {"data": "prepare", "labels": f"{number}/label"}
+            chosen = {"data": "unlabeled", "labels": f"{number}/label"}
             nodes.append(Node(f"{number}/select", "select", experiment.select, chosen))
             sources = {"selection": f"{number}/select"}
         nodes.append(Node(f"{number}/student", "train", student, {"data": "prepare", **sources}))
@@ -82,15 +84,17 @@ def build_graph(experiment: Experiment) -> list[Node]:
     return nodes
 
 
-def resolve_keys(nodes: list[Node], source_fingerprint: str, generations: Mapping[str, int]) -> list[NodeRecord]:
-    """The identity of each node, in the order of `nodes`."""
+def resolve_keys(
+    nodes: list[Node], fingerprints: Mapping[str, str], generations: Mapping[str, int]
+) -> list[NodeRecord]:
+    """The identity of each node, in the order of `nodes`. `fingerprints`: of the files that a stage reads, by stage."""
     keys: dict[str, str] = {}
     records = []
     for node in nodes:
         stage = STAGES[node.stage]
         inputs = {role: keys[name] for role, name in node.inputs.items()}
-        if node.stage == "prepare":
-            inputs[SOURCE_ROLE] = source_fingerprint
+        if node.stage in fingerprints:
+            inputs[SOURCE_ROLE] = fingerprints[node.stage]
         generation = generations.get(node.name, 0)
         config = node.config.key_fields()
         keys[node.name] = artifact_key(stage.name, stage.version, config, inputs, generation)

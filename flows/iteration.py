@@ -15,7 +15,9 @@ from flows.experiment import load_experiment
 from storage.objects import Store
 from tasks.stage import StageOutcome, StageRequest, stage_task
 
-RerunChoice = Literal["nothing", "prepare", "teacher", "selector", "label", "select", "student", "evaluate", "report"]
+RerunChoice = Literal[
+    "nothing", "prepare", "unlabeled", "teacher", "selector", "label", "select", "student", "evaluate", "report"
+]
 RECIPE = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own")
 OVERRIDES: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30")
 STORE = Field(

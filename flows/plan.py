@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from flows.driver import Run
 from flows.graph import STAGES, Node
 from models.launch import code_state
-from storage.artifacts import Manifest, find
+from storage.artifacts import SOURCE_ROLE, Manifest, find
 from storage.errors import UserError
 from storage.runs import NodeRecord, RunRecord, latest_run
 from tasks.selection.config import SelectConfig
@@ -100,8 +100,8 @@ def _reasons(
         reasons.append(f"stage {record.stage} changed: version {before.version} -> {record.version}")
     if before.generation != record.generation:
         reasons.append(f"rerun asked for: generation {before.generation} -> {record.generation}")
-    if node.stage == "prepare" and before.inputs != record.inputs:
-        reasons += _source_changes(run, previous)
+    if before.inputs.get(SOURCE_ROLE) != record.inputs.get(SOURCE_ROLE):
+        reasons += _source_changes(run, previous, node.stage)
     for name in node.inputs.values():
         if name in changed and node.stage != "report":
             reasons.append(f"input {name} is new")
@@ -122,13 +122,15 @@ def _config_changes(node: Node, before: NodeRecord) -> list[str]:
     return [f"{node.section}.{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
 
 
-def _source_changes(run: Run, previous: RunRecord) -> list[str]:
-    """The files that are new, changed or gone since the last run."""
-    now = run.draft_record().sources
-    changes = [f"file {name} is new" for name in sorted(now.keys() - previous.sources.keys())]
-    changes += [f"file {name} is gone" for name in sorted(previous.sources.keys() - now.keys())]
-    both = sorted(now.keys() & previous.sources.keys())
-    return changes + [f"file {name} changed" for name in both if now[name] != previous.sources[name]]
+def _source_changes(run: Run, previous: RunRecord, stage: str) -> list[str]:
+    """The files of a stage that are new, changed or gone since the last run."""
+    now, then = (
+        {n: sha for n, sha in found.items() if n.startswith("unlabeled: ") == (stage == "unlabeled")}
+        for found in (run.draft_record().sources, previous.sources)
+    )
+    changes = [f"file {name} is new" for name in sorted(now.keys() - then.keys())]
+    changes += [f"file {name} is gone" for name in sorted(then.keys() - now.keys())]
+    return changes + [f"file {name} changed" for name in sorted(now.keys() & then.keys()) if now[name] != then[name]]
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
         store: str = STORE,
         scale: str = SCALE,
     ) -> str:
-        name = role if role in ("prepare", "report") else f"{iteration}/{role}"
+        name = role if role in ("prepare", "unlabeled", "report") else f"{iteration}/{role}"
         run = resolve_run(
             load_experiment(recipe, overrides, scale), recipe, Store(store), Rerun(), str(flow_run.id or "")
         )
@@ -41,7 +41,10 @@ def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
     return made
 
 
-prepare = _make_stage_flow("prepare", "Images of any source become shards with an index.")
+prepare = _make_stage_flow("prepare", "Labeled, validation and test images become shards with an index.")
+unlabeled = _make_stage_flow(
+    "unlabeled", "Unlabeled images become shards, without those that leaked from the evaluation."
+)
 teacher = _make_stage_flow("teacher", "Train the teacher on the labeled images (iteration 0).")
 selector = _make_stage_flow("selector", "Train the selecting model (iteration 0, order=once).")
 label = _make_stage_flow("label", "A model labels the unlabeled images.")
@@ -51,6 +54,7 @@ evaluate = _make_stage_flow("evaluate", "Measure a model on validation and test 
 report = _make_stage_flow("report", "One HTML page on the whole run.")
 STAGE_FLOWS = {
     "prepare": prepare,
+    "unlabeled": unlabeled,
     "teacher": teacher,
     "selector": selector,
     "label": label,

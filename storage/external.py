@@ -10,7 +10,8 @@ from typing import BinaryIO
 
 from storage.cache import node_cache
 from storage.errors import DamagedObject, StoreError, UserError
-from storage.keys import Config, file_sha256
+from storage.fingerprints import file_digests
+from storage.keys import Config
 from storage.local import LocalBackend
 from storage.objects import open_backend
 
@@ -44,8 +45,8 @@ class ExternalFolder:
                 f"{self._setting}: folder {self.root} does not exist; set {self._setting}=FOLDER to where the images are"
             )
 
-    def find(self, pattern: str, suffix: str) -> list[ExternalFile]:
-        """The files that a pattern names, sorted: a file, a glob pattern, or a folder, in which every `suffix` counts.
+    def find(self, pattern: str) -> list[ExternalFile]:
+        """The files that a pattern names, sorted: a file, a glob pattern, or a folder, of which all files count.
 
         `*`, `?` and `[...]` stay within a step of the path, `**` is any number of steps.
         """
@@ -60,7 +61,7 @@ class ExternalFolder:
         if found is not None:
             return [ExternalFile(name=found.path, bytes=found.bytes, tag=found.tag)]
         literal = next((place for place, step in enumerate(steps) if set(step) & set(WILD)), None)
-        wanted = [*steps, "**", f"*{suffix}"] if literal is None else steps
+        wanted = [*steps, "**", "*"] if literal is None else steps
         infos = self._backend.scan("/".join(steps[:literal]))
         files = [
             ExternalFile(name=i.path, bytes=i.bytes, tag=i.tag) for i in infos if matches(i.path.split("/"), wanted)
@@ -69,7 +70,28 @@ class ExternalFolder:
 
     def fingerprint(self, file: ExternalFile) -> str:
         """What changes when the file's content does: its sha256, or in a bucket its ETag (no byte is read)."""
-        return file_sha256(self.root / file.name) if self.root is not None else f"etag:{file.tag}"
+        return self.fingerprints([file])[0]
+
+    def fingerprints(self, files: Sequence[ExternalFile]) -> list[str]:
+        """The fingerprints of many files. Raises UserError where one of this machine cannot be read."""
+        if self.root is None:
+            return [f"etag:{file.tag}" for file in files]
+        try:
+            return file_digests([self.root / file.name for file in files])
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend it or leave it out") from error
+
+    def url_of(self, file: str) -> str:
+        """Where a file lies, as a URL that names it from anywhere."""
+        return (self.root / file).as_uri() if self.root is not None else f"{self._backend.url}/{file}"
+
+    def read(self, file: ExternalFile) -> bytes:
+        """A whole, small file. Raises MissingObject where it is gone."""
+        return self._backend.read(file.name)
+
+    def blocks(self, file: ExternalFile) -> Iterator[bytes]:
+        """A file in order, in blocks. Raises StoreError where one in a bucket was replaced since it was listed."""
+        return self._backend.blocks(file.name, file.bytes, file.tag)
 
     @contextmanager
     def local(self, file: ExternalFile) -> Iterator[Path]:

@@ -1,10 +1,13 @@
 """Image bytes to an RGB picture, or the reason why not. The one place that decodes for checking and for training."""
 
 import io
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps
 
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # no EPS: it runs a program
+MAX_BYTES = 256 << 20  # no file of an image that can be used is larger
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: past this an image counts as a decompression bomb
 
 
@@ -20,8 +23,10 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise ImageError("empty: 0 bytes")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"too large: a file of {len(data):,} bytes, limit {MAX_BYTES:,}")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: its header claims more than {max_pixels} pixels") from error
     except Exception as error:  # Pillow's plug-ins raise many kinds on hostile headers; each means the same here
@@ -43,6 +48,13 @@ def image_extension(data: bytes) -> str:
     if data[:4] == b"\x89PNG":
         return "png"
     return "webp" if data[8:12] == b"WEBP" else "img"
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that are read, of those that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

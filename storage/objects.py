@@ -6,27 +6,26 @@ Records (JSON) carry a seal, a digest of themselves, so that a flipped byte or a
 """
 
 import hashlib
-import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ValidationError
 
 from storage.backend import Backend, ObjectInfo, refuse_credentials
 from storage.cache import Cache, node_cache
 from storage.errors import DamagedObject, MissingObject, StoreError
-from storage.keys import digest
 from storage.local import LocalBackend
+from storage.seals import sealed, unsealed
 
 FORMAT = 1  # of the store as a whole: folders and records
 FORMAT_PATH = "store.json"
-SEAL = "seal"
 READ_ATTEMPTS = 3  # a byte may be flipped on its way from a bucket; what lies wrong stays wrong
 STATS_AT_ONCE = 256  # more objects are looked up by listing the folders above them
 TRANSFERS = 4
@@ -48,12 +47,14 @@ class Located(Protocol):
 class Store:
     """A store, named by its root URL: `file:///data/nst`, a plain path, or `s3://bucket/prefix`.
 
-    Object paths are relative, with `/`, and never contain `..`. Raises StoreError with the path and the remedy.
+    Object paths are relative, with `/`, and never contain `..`; a path that is a URL names an object outside the store,
+    such as a tar that is used in place, and is only ever read. Raises StoreError with the path and the remedy.
     """
 
     def __init__(self, url: str) -> None:
         self._backend = open_backend(url)
         self.url = self._backend.url
+        self._outside: dict[str, Backend] = {}  # where objects lie that are used in place
         self._trusted: dict[str, tuple[int, int, int]] = {}  # local files whose digest this process has checked
 
     @property
@@ -89,14 +90,16 @@ class Store:
                 )
 
     def local_path(self, path: str) -> Path:
-        """Where a store on disk keeps an object. Raises StoreError for a bucket: `local_copy` works for both."""
-        if self.root is None:
+        """Where an object lies on this machine's disk. Raises StoreError for a bucket: `local_copy` works for both."""
+        found = self._disk_path(path)
+        if found is None:
             raise StoreError(f"{self.url}: object {path} has no place on this machine's disk")
-        return self.root / checked(path)
+        return found
 
     def location(self, path: str) -> str:
         """Where a person finds an object: a path of this machine, or a URL."""
-        return str(self.local_path(path)) if self.root is not None else f"{self.url}/{checked(path)}"
+        backend, name = self._place(path)
+        return str(backend.root / name) if isinstance(backend, LocalBackend) else f"{backend.url}/{name}"
 
     def exists(self, path: str) -> bool:
         """Whether the object is there, whole."""
@@ -104,13 +107,17 @@ class Store:
 
     def sizes(self, paths: Sequence[str]) -> dict[str, int]:
         """The sizes of those objects that are there. Many are looked up by listing, not one by one."""
-        if len(paths) <= STATS_AT_ONCE:
-            found: Iterator[ObjectInfo | None] = iter(self._backend.stat([checked(path) for path in paths]))
-        else:
-            folders = sorted({"/".join(path.split("/")[:2]) for path in paths})
-            found = (info for folder in folders for info in self._backend.scan(checked(folder)))
-        wanted = set(paths)
-        return {info.path: info.bytes for info in found if info is not None and info.path in wanted}
+        places: dict[str, list[str]] = {"": []}
+        for path in paths:
+            places.setdefault(outside(path)[0], []).append(path)
+        found = {}
+        for root, own in places.items():
+            by_name = {self._place(path)[1]: path for path in own}
+            infos = self._look_up(
+                self._backend if not root else self._outside[root], list(by_name), 2 if not root else -1
+            )
+            found.update({by_name[i.path]: i.bytes for i in infos if i is not None and i.path in by_name})
+        return found
 
     def paths(self, prefix: str) -> list[str]:
         """The paths of all objects below a folder, sorted."""
@@ -126,7 +133,8 @@ class Store:
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
         """Some bytes of an object, unverified: the caller checks them."""
-        return self._backend.read_range(checked(path), offset, size)
+        backend, name = self._place(path)
+        return backend.read_range(name, offset, size)
 
     def read_verified(self, path: str, sha256: str) -> bytes:
         """The object's bytes, checked. Raises DamagedObject where they are not those that were written."""
@@ -221,7 +229,8 @@ class Store:
 
     def blocks(self, entry: Located) -> Iterator[bytes]:
         """An object in order, in blocks, unverified: the caller checks them."""
-        return self._backend.blocks(checked(entry.path), entry.bytes)
+        backend, name = self._place(entry.path)
+        return backend.blocks(name, entry.bytes)
 
     @contextmanager
     def local_copy(self, entry: Located) -> Iterator[Path]:
@@ -235,44 +244,74 @@ class Store:
 
         Raises DamagedObject where an object is not what its entry says.
         """
-        root = self.root
-        if root is not None:
-            paths = [self.local_path(entry.path) for entry in entries]
-            for entry, path in zip(entries, paths, strict=True):
+        paths = [self._disk_path(entry.path) for entry in entries]
+        for entry, path in zip(entries, paths, strict=True):
+            if path is not None:
                 self._check_local(entry, path)
-            yield paths
+        far = [number for number, path in enumerate(paths) if path is None]
+        if not far:
+            yield [path for path in paths if path is not None]
             return
         cache = node_cache()
         with cache.private_folder() as folder, ThreadPoolExecutor(TRANSFERS) as pool:
-            paths = [folder / f"{n:06d}{Path(entry.path).suffix}" for n, entry in enumerate(entries)]
-            list(pool.map(lambda entry, path: self._link(cache, entry, path), entries, paths))
-            yield paths
+            copies = {n: folder / f"{n:06d}{Path(entries[n].path).suffix}" for n in far}
+            list(pool.map(lambda n: self._link(cache, entries[n], copies[n]), far))
+            yield [path or copies[n] for n, path in enumerate(paths)]
 
     def open_local(self, entry: Located) -> int:
         """A handle for random reads of an object whose every read is checked: the file itself, or a cached copy."""
-        if self.root is None:
+        path = self._disk_path(entry.path)
+        if path is None:
             with self._naming(entry):
                 return node_cache().open(entry.sha256, entry.bytes, lambda: self.blocks(entry), verify=False)
         try:
-            return os.open(self.local_path(entry.path), os.O_RDONLY)
+            return os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise MissingObject(f"{self.url}: object {entry.path} is missing; run `nst run` again") from None
         except OSError as error:
             raise StoreError(f"{self.url}: object {entry.path} cannot be read ({error.strerror})") from error
 
+    def on_disk(self, entries: Iterable[Located]) -> bool:
+        """Whether all these objects lie on this machine's disk, so that nothing is gained by a copy."""
+        return all(self._disk_path(entry.path) is not None for entry in entries)
+
     def fits_local(self, size: int) -> bool:
         """Whether copies of so many bytes may be kept on this machine beside others."""
-        return self.root is not None or size <= node_cache().limit_bytes // 2
+        return size <= node_cache().limit_bytes // 2
 
     def open_bytes(self) -> int:
         """How large the copies may be, all together, that one reader holds open: they cannot make room for others."""
-        return sys.maxsize if self.root is not None else node_cache().limit_bytes // 8
+        return sys.maxsize if self.root is not None and not self._outside else node_cache().limit_bytes // 8
 
     def forget_local(self, entry: Located) -> bool:
         """Drop the cached copy of an object, found bad; False where there is none but the object itself."""
-        if self.root is None:
-            node_cache().drop(entry.sha256)
-        return self.root is None
+        if self._disk_path(entry.path) is not None:
+            return False
+        node_cache().drop(entry.sha256)
+        return True
+
+    def _place(self, path: str) -> tuple[Backend, str]:
+        """Where an object lies: a backend, and its path there."""
+        root, name = outside(path)
+        if not root:
+            return self._backend, checked(path)
+        if root not in self._outside:
+            self._outside[root] = open_backend(root)
+        return self._outside[root], checked(name)
+
+    def _disk_path(self, path: str) -> Path | None:
+        backend, name = self._place(path)
+        return backend.root / name if isinstance(backend, LocalBackend) else None
+
+    @staticmethod
+    def _look_up(backend: Backend, names: list[str], steps: int) -> Iterator[ObjectInfo | None]:
+        """Some objects, one by one or by listing the first `steps` folders above them (-1: the nearest)."""
+        if len(names) <= STATS_AT_ONCE:
+            yield from backend.stat(names)
+            return
+        folders = {"/".join(name.split("/")[:-1][: steps if steps > 0 else None]) for name in names}
+        for folder in sorted(folders):
+            yield from backend.scan(folder)
 
     def _link(self, cache: Cache, entry: Located, target: Path) -> None:
         with self._naming(entry):
@@ -347,25 +386,17 @@ def open_backend(url: str) -> Backend:
     )
 
 
+def outside(path: str) -> tuple[str, str]:
+    """For an object outside the store its root and its path there; `("", path)` for one of the store."""
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return "", path
+    host, _, name = rest.partition("/")
+    return f"{scheme}://{host or '/'}", unquote(name) if scheme == "file" else name
+
+
 def checked(path: str) -> str:
     """The path. Raises StoreError on one that leaves the store."""
     if ".." in path.split("/") or path.startswith("/"):
         raise StoreError(f"object path {path!r} leaves the store; paths are relative and without '..'")
     return path
-
-
-def sealed(record: BaseModel | dict[str, Any]) -> bytes:
-    """A record as JSON with its own digest."""
-    fields = record.model_dump(mode="json") if isinstance(record, BaseModel) else record
-    return json.dumps({**fields, SEAL: digest(fields)}, indent=1, ensure_ascii=False, allow_nan=False).encode()
-
-
-def unsealed(data: bytes) -> dict[str, Any]:
-    """The fields of a sealed record. Raises ValueError where they are not those that were sealed."""
-    fields = json.loads(data)
-    if not isinstance(fields, dict) or SEAL not in fields:
-        raise ValueError("it has no seal")
-    seal = fields.pop(SEAL)
-    if seal != digest(fields):
-        raise ValueError("its seal does not fit its content")
-    return fields

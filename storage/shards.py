@@ -34,6 +34,7 @@ INDEX_SCHEMA = pa.schema(
         ("label", pa.int32()),  # class index; -1: unlabeled
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("phash", pa.uint64()),  # storage/phash.py: alike images differ in few bits
         ("source", pa.string()),  # where the image came from: file and row, or the path in its own archive
     ]
 )
@@ -106,7 +107,7 @@ class ShardReader:
         self._store = store
         self._shards = {shard.path: shard for shard in shards}
         total = sum(shard.bytes for shard in self._shards.values())
-        self._whole = store.root is not None or (store.fits_local(total) if whole is None else whole)
+        self._whole = whole or store.on_disk(self._shards.values()) or (whole is None and store.fits_local(total))
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def read(self, path: str, offset: int, size: int, sha256: str) -> bytes:

@@ -1,311 +1,206 @@
-"""prepare: images of any source -> WebDataset shards with a Parquet index, and a table of rejects.
+"""prepare: labeled, validation and test images of any source -> shards; the labeled ones shuffled by seed.
 
-A shard is a part: its key is made from the files and rows it holds, so new files leave the other shards as they are.
+Shuffled in two steps, so that every source is read once and in order: first shards in the order of the source, then
+the images of the labeled ones are dealt anew. (Unshuffled, class folders would make one-class shards.)
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
 
 from models.compute import group_shards
 from models.worker import Stopped, Worker
 from storage.artifacts import FileEntry, Manifest, Part, find_part, find_parts, made_parts, publish_part
-from storage.backend import refuse_credentials
 from storage.errors import UserError
-from storage.images import ImageError, decode_rgb, image_extension
-from storage.keys import Config, digest
+from storage.images import image_extension
+from storage.keys import digest
 from storage.objects import Store
-from storage.shards import INDEX_SCHEMA, ShardSample, index_name, read_tables, write_parquet, write_tar
+from storage.shards import INDEX_SCHEMA, ShardReader, ShardSample, read_tables, write_parquet, write_tar
 from tasks.contract import StageContext, StageResult
-from tasks.sources import SPLITS, Source, SourceFile
-from tasks.sources.digits import DigitsConfig, DigitsSource
-from tasks.sources.parquet import ParquetSource
+from tasks.ingest import (
+    NO_NUMERICS,
+    DataConfig,
+    check_rejects,
+    ingest,
+    name_files,
+    open_source,
+    plan_stretches,
+    shard_entry,
+)
+from tasks.sources import LABELED_SPLITS, SourceFile, cut_rows
 
-VERSION = 1
-NO_NUMERICS: dict[str, Any] = {}
-REJECTS_SCHEMA = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
-FIRST_REJECTS = 3
-
-
-class PrepareConfig(Config):
-    """Where the images are and how they are cut into shards."""
-
-    not_in_key: ClassVar[tuple[str, ...]] = ("root",)
-
-    source: Literal["parquet", "digits"] = "parquet"
-    root: str = Field(".", description="folder or s3:// URL of the files; no part of the key")
-    labeled: str = Field("labeled*.parquet", description="file, pattern or folder of the labeled images")
-    val: str = Field("val*.parquet", description="validation images: settings are chosen on these")
-    test: str = Field("test*.parquet", description="test images: reported on, never chosen on")
-    unlabeled: str = Field("unlabeled*.parquet", description="images whose labels, if any, are not read")
-    class_names: tuple[str, ...] = Field((), description="classes by label; empty: from the files")
-    shard_images: int = Field(10_000, ge=1, description="images of a shard, at most")
-    min_images_per_class: int = Field(2, ge=1, description="fewer labeled images of a class are an error")
-    max_reject_fraction: float = Field(0.05, ge=0, le=1, description="more undecodable images of a split are an error")
-    seed: int = Field(0, ge=0, description="of the labeled images' order")
-    digits: DigitsConfig = DigitsConfig()
-
-    @field_validator("root")
-    @classmethod
-    def _without_credentials(cls, root: str) -> str:
-        return refuse_credentials(root, "data.root")  # before Prefect or a run record keeps it
+VERSION = 2  # 2: without the unlabeled images; keys of image folders and tars
+SHUFFLE = "shuffle"
 
 
-class ShardPlan(Config):
-    """One shard to be: its split and its rows, as (file, rows) in order."""
+class PrepareConfig(DataConfig):
+    """The data settings, of which the labeled, validation and test images depend on these."""
 
-    split: str
-    pieces: tuple[tuple[SourceFile, tuple[int, ...]], ...]
-
-    def part_key(self) -> str:
-        """Made from what enters the shard, not from its number."""
-        pieces = [(file.name, file.sha256, digest(rows)) for file, rows in self.pieces]
-        kind = {"labeled": self.split != "unlabeled", "shuffled": self.split == "labeled"}
-        return digest({"version": VERSION, **kind, "pieces": pieces})
-
-    @property
-    def num_images(self) -> int:
-        """Rows of the source, decodable or not."""
-        return sum(len(rows) for _, rows in self.pieces)
-
-
-def open_source(config: PrepareConfig) -> Source:
-    """The source that the config names."""
-    if config.source == "digits":
-        return DigitsSource(config.digits)
-    return ParquetSource(config.root, {split: getattr(config, split) for split in SPLITS})
-
-
-def fingerprint(files: Sequence[SourceFile]) -> str:
-    """The identity of the external data: its sorted listing, by content. Moving or touching files changes nothing."""
-    return digest([file.model_dump() for file in files])
+    not_in_key: ClassVar[tuple[str, ...]] = (*DataConfig.not_in_key, "unlabeled", "in_place", "leaks")
 
 
 def prepare(context: StageContext, config: PrepareConfig, inputs: dict[str, Manifest]) -> StageResult:
     """Make the data set. Raises UserError on missing files, labels or classes, and on too many rejects."""
     source = open_source(config)
-    files = source.files()
-    labels = {file.name: source.labels(file) for file in files if file.split != "unlabeled"}
-    class_names = check_labels(config, source.class_names(), files, labels)
-    plans = plan_shards(config, files)
-    parts = _make_shards(context, config, plans)
-    entries, counts = _collect(context.store, config, plans, parts)
-    per_class = _labeled_per_class(context.store, entries, len(class_names))
-    for number, count in enumerate(per_class):
-        _check_class_size(config, class_names[number], number, count, "decodable labeled images")
-    metrics = {**counts, "class_names": class_names, "labeled_per_class": per_class}
-    return StageResult(entries, metrics)
+    files = source.files(LABELED_SPLITS)
+    known = {file.name: source.labels(file) for file in files}
+    class_names = list(config.class_names) or source.class_names()
+    check_labels(config, class_names, files, {name: labels for name, labels in known.items() if labels is not None})
+    stretches = plan_stretches(config, files)
+    parts = ingest(context, config, stretches)
+    by_split = {
+        split: [part for stretch, part in zip(stretches, parts, strict=True) if stretch.file.split == split]
+        for split in LABELED_SPLITS
+    }
+    counts = {split: check_rejects(config, split, by_split[split]) for split in LABELED_SPLITS}
+    labels = {split: _labels(context.store, by_split[split]) for split in LABELED_SPLITS}
+    class_names = check_decoded_labels(config, class_names, labels)
+    entries: list[FileEntry] = []
+    for split in LABELED_SPLITS:
+        rejects = [part.file("rejects.parquet") for part in by_split[split]]
+        own = _shuffle(context, config, by_split[split]) if split == "labeled" else by_split[split]
+        entries += name_files(split, [(shard_entry(part), part.file("index.parquet")) for part in own], rejects)
+        if split != "labeled":  # what the leak guard needs to know of them
+            pictures = [part.file("thumbnails.parquet") for part in own if part.file("index.parquet").rows]
+            entries += [
+                e.model_copy(update={"name": f"thumbnails/{split}/{n:05d}.parquet"}) for n, e in enumerate(pictures)
+            ]
+    per_class = [int(count) for count in np.bincount(labels["labeled"], minlength=len(class_names))]
+    return StageResult(tuple(entries), {**counts, "class_names": class_names, "labeled_per_class": per_class})
 
 
 def check_labels(
-    config: PrepareConfig, own_names: list[str], files: Sequence[SourceFile], labels: dict[str, np.ndarray]
-) -> list[str]:
-    """The class names, after checking every label against them. Reads no image."""
-    labeled = [file for file in files if file.split != "unlabeled"]
-    if not any(len(labels[file.name]) for file in labeled if file.split == "labeled"):
-        raise UserError(f"data.labeled={config.labeled!r}: the files hold no rows; point it at labeled images")
-    largest = max((int(labels[f.name].max()) for f in labeled if len(labels[f.name])), default=0)
-    num_labeled = sum(len(labels[file.name]) for file in labeled if file.split == "labeled")
-    if not config.class_names and not own_names and largest >= num_labeled:  # before a list of 2**63 names is made
-        raise UserError(
-            f"data.labeled={config.labeled!r}: {num_labeled} images cannot fill the classes 0..{largest} that their labels "
-            "name; number the classes from 0 without gaps, or set data.class_names"
-        )
-    class_names = list(config.class_names) or own_names or [str(number) for number in range(largest + 1)]
+    config: DataConfig, class_names: list[str], files: Sequence[SourceFile], labels: dict[str, np.ndarray]
+) -> None:
+    """Check what is known of the labels before an image is read (of a tar nothing is). Raises UserError."""
     if len(set(class_names)) != len(class_names):
         raise UserError("data.class_names: a class name occurs twice; names must differ")
-    if len(class_names) < 2:
-        raise UserError(f"data.labeled={config.labeled!r}: found one class only; a classifier needs two or more")
-    for file in labeled:
-        outside = np.flatnonzero((labels[file.name] < 0) | (labels[file.name] >= len(class_names)))
-        if len(outside):
+    labeled = [file for file in files if file.split == "labeled"]
+    if any(file.name not in labels for file in labeled):
+        return  # check_decoded_labels tells
+    train = np.concatenate([labels[file.name] for file in labeled])
+    if not len(train):
+        raise UserError(f"data.labeled={config.labeled!r}: the files hold no rows; point it at labeled images")
+    names = class_names or _numbered(
+        config, max(int(found.max()) for found in labels.values() if len(found)), len(train)
+    )
+    for file in files:
+        outside = [n for n, label in enumerate(labels.get(file.name, ())) if not 0 <= label < len(names)]
+        if outside:
             raise UserError(
-                f"{file.name}: row {outside[0]} has label {labels[file.name][outside[0]]}, outside the {len(class_names)} "
-                f"classes 0..{len(class_names) - 1} ({len(outside)} such rows); correct the labels or data.class_names"
+                f"{file.name}: row {outside[0]} has label {labels[file.name][outside[0]]}, outside the {len(names)} "
+                f"classes 0..{len(names) - 1} ({len(outside)} such rows); correct the labels or data.class_names"
             )
-    train = np.concatenate([labels[f.name] for f in labeled if f.split == "labeled"])
-    for number, count in enumerate(np.bincount(train, minlength=len(class_names))):
-        _check_class_size(config, class_names[number], number, int(count), f"images in data.labeled={config.labeled!r}")
-    return class_names
+    _check_classes(config, names, train, "images")
 
 
-def plan_shards(config: PrepareConfig, files: Sequence[SourceFile]) -> list[ShardPlan]:
-    """Cut the splits into shards: labeled images shuffled by seed over all files, the others file by file in order.
-
-    Unshuffled labeled images come as class folders do, one class a block.
-    """
-    plans = []
-    for split in SPLITS:
-        own = [file for file in files if file.split == split]
-        if split == "labeled":
-            rows = [(number, row) for number, file in enumerate(own) for row in range(file.rows)]
-            order = np.random.default_rng(config.seed).permutation(len(rows))
-            shuffled = [rows[i] for i in order]
-            for start in range(0, len(rows), config.shard_images):
-                plans.append(_plan(split, own, shuffled[start : start + config.shard_images]))
-            continue
-        for number, file in enumerate(own):
-            for start in range(0, file.rows, config.shard_images):
-                end = min(file.rows, start + config.shard_images)
-                plans.append(_plan(split, own, [(number, row) for row in range(start, end)]))
-    return plans
+def check_decoded_labels(config: DataConfig, class_names: list[str], labels: dict[str, np.ndarray]) -> list[str]:
+    """The class names, checked against the labels of the images that decode. Raises UserError."""
+    largest = max(int(found.max()) for found in labels.values())
+    names = class_names or _numbered(config, largest, len(labels["labeled"]))
+    if largest >= len(names):
+        split = next(split for split, found in labels.items() if int(found.max()) == largest)
+        raise UserError(
+            f"data.{split}: an image has label {largest}, outside the {len(names)} classes 0..{len(names) - 1}; correct "
+            "the labels or data.class_names"
+        )
+    _check_classes(config, names, labels["labeled"], "decodable labeled images")
+    return names
 
 
-def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    """Worker function: make the shards of `spec["plans"]`, each a part, and publish those that are missing."""
+def shuffle_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """Worker function: deal the images of the parts `spec["parts"]` into the shards `spec["shards"]` (number -> key)."""
     store, config = Store(spec["store"]), PrepareConfig.model_validate(spec["config"])
-    source = open_source(config)
-    plans = [ShardPlan.model_validate(raw) for raw in spec["plans"]]
-    labels: dict[str, np.ndarray] = {}
-    done, total = 0, sum(plan.num_images for plan in plans)
-    for plan in plans:
+    parts = [Part.model_validate(raw) for raw in spec["parts"]]
+    index, deal = _dealt(store, config, parts)
+    reader = ShardReader(store, [shard_entry(part) for part in parts])
+    done, total = 0, sum(len(deal[int(number)]) for number in spec["shards"])
+    for number, key in spec["shards"].items():
         if worker.stop_requested:
             raise Stopped
-        if find_part(store, "prepare", plan.part_key(), NO_NUMERICS) is None:
-            for file, _ in plan.pieces:
-                if plan.split != "unlabeled" and file.name not in labels:
-                    labels[file.name] = source.labels(file)
-            _write_shard(store, plan, source, labels)
-        done += plan.num_images
+        if find_part(store, SHUFFLE, key, NO_NUMERICS) is None:
+            _write_shuffled(store, key, index.take(deal[int(number)]).to_pylist(), reader)
+        done += len(deal[int(number)])
         worker.progress(done, total)
     worker.progress(total, total, last=True)
     return {}
 
 
-def sample_key(file: SourceFile, row: int) -> str:
-    """A sample's key: stable, unique, and free of the dots and slashes that WebDataset gives a meaning."""
-    stem = file.name.removesuffix(".parquet")
-    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)
-    if safe != stem:
-        safe = f"{safe}-{digest(file.name)[:8]}"
-    return f"{safe}-{row:08d}"
-
-
-def _plan(split: str, files: Sequence[SourceFile], rows: Sequence[tuple[int, int]]) -> ShardPlan:
-    """A shard of these (file number, row); in each file's own order, so that reading touches a row group once."""
-    by_file: dict[int, list[int]] = {}
-    for number, row in rows:
-        by_file.setdefault(number, []).append(row)
-    return ShardPlan(
-        split=split, pieces=tuple((files[number], tuple(sorted(found))) for number, found in sorted(by_file.items()))
-    )
-
-
-def _make_shards(context: StageContext, config: PrepareConfig, plans: list[ShardPlan]) -> list[Part]:
-    """Make the missing shards in child processes, then read all parts."""
-    keys = [plan.part_key() for plan in plans]
-    found = find_parts(context.store, "prepare", keys, NO_NUMERICS)
-    missing = [plan for plan, key in zip(plans, keys, strict=True) if found[key] is None]
-    groups = group_shards([plan.num_images for plan in missing], context.engine.processes, context.compute)
+def _shuffle(context: StageContext, config: PrepareConfig, parts: Sequence[Part]) -> list[Part]:
+    """The shards of the labeled images in an order drawn by seed."""
+    _, deal = _dealt(context.store, config, parts)
+    settings = [config.seed, config.shard_images, config.shard_bytes, [part.key for part in parts]]
+    keys = [digest({"version": VERSION, "deal": settings, "number": number}) for number in range(len(deal))]
+    found = find_parts(context.store, SHUFFLE, keys, NO_NUMERICS)
+    missing = [number for number, key in enumerate(keys) if found[key] is None]
+    sizes = [len(deal[number]) for number in missing]
     specs = [
         {
             "store": context.store.url,
             "config": config.model_dump(mode="json"),
-            "plans": [missing[place].model_dump(mode="json") for place in group],
+            "parts": [part.model_dump(mode="json") for part in parts],
+            "shards": {str(missing[place]): keys[missing[place]] for place in group},
         }
-        for group in groups
+        for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
-    context.engine.map("tasks.prepare:write_shards", specs, context.progress_of(sum(p.num_images for p in missing)))
+    context.engine.map("tasks.prepare:shuffle_shards", specs, context.progress_of(sum(sizes)))
     if missing:
-        found = find_parts(context.store, "prepare", keys, NO_NUMERICS)
-    return made_parts("prepare", found, keys)
+        found = find_parts(context.store, SHUFFLE, keys, NO_NUMERICS)
+    return made_parts(SHUFFLE, found, keys)
 
 
-def _write_shard(store: Store, plan: ShardPlan, source: Source, labels: dict[str, np.ndarray]) -> None:
-    rejects: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
+def _dealt(store: Store, config: DataConfig, parts: Sequence[Part]) -> tuple[pa.Table, list[np.ndarray]]:
+    """The index of all parts with the tar of each image, and which of its rows make up each output shard."""
+    tables = []
+    for part, table in zip(parts, read_tables(store, [p.file("index.parquet") for p in parts]), strict=True):
+        tar = pa.array([shard_entry(part).path] * table.num_rows, pa.string()).dictionary_encode()
+        tables.append(table.append_column("shard", tar))
+    index = pa.concat_tables(tables).unify_dictionaries()
+    order = np.random.default_rng(config.seed).permutation(index.num_rows)
+    sizes = index["bytes"].to_numpy()[order]
+    cuts = cut_rows([(1, int(size)) for size in sizes], config.shard_images, config.shard_bytes)
+    return index, [order[a:b] for a, b in zip(cuts, (*cuts[1:], len(order)), strict=True)]
 
+
+def _write_shuffled(store: Store, key: str, rows: list[dict[str, Any]], reader: ShardReader) -> None:
     def samples() -> Iterator[ShardSample]:
         for row in rows:
-            members = {row["extension"]: row["data"]}
-            if row["label"] >= 0:
-                members["cls"] = str(row["label"]).encode()
-            yield ShardSample(row["key"], members)
+            data = reader.read(row["shard"], row["offset"], row["bytes"], row["sha256"])
+            yield ShardSample(row["key"], {image_extension(data): data, "cls": str(row["label"]).encode()})
 
-    for file, numbers in plan.pieces:
-        for number, raw in zip(numbers, source.read(file, numbers), strict=True):
-            try:
-                rows.append(_checked_row(file, number, raw.data, raw.path, labels))
-            except ImageError as error:
-                rejects.append({"source": f"{file.name}:{raw.path}", "row": number, "reason": str(error)})
-    if plan.split == "labeled":  # was read file by file; the order of decoded rows depends on nothing else
-        rows = [rows[i] for i in np.random.default_rng(int(plan.part_key()[:15], 16)).permutation(len(rows))]
     with store.staging() as folder:
-        places = write_tar(folder / "shard.tar", samples())
-        for row, place in zip(rows, places, strict=True):
-            row["offset"], row["bytes"] = place[row["extension"]]
-        index = pa.Table.from_pylist([{f: row[f] for f in INDEX_SCHEMA.names} for row in rows], INDEX_SCHEMA)
-        write_parquet(folder / "index.parquet", index)
-        write_parquet(folder / "rejects.parquet", pa.Table.from_pylist(rejects, REJECTS_SCHEMA))
-        files = {
-            "shard.tar": (folder / "shard.tar", len(rows)),
-            "index.parquet": (folder / "index.parquet", len(rows)),
-            "rejects.parquet": (folder / "rejects.parquet", len(rejects)),
-        }
-        facts = {"rejects": [f"{r['source']} row {r['row']}: {r['reason']}" for r in rejects[:FIRST_REJECTS]]}
-        publish_part(store, "prepare", plan.part_key(), NO_NUMERICS, files, facts)
+        for row, place in zip(rows, write_tar(folder / "shard.tar", samples()), strict=True):
+            row["offset"], row["bytes"] = next(iter(place.values()))
+        write_parquet(folder / "index.parquet", pa.Table.from_pylist(rows, INDEX_SCHEMA))
+        files = {name: (folder / name, len(rows)) for name in ("shard.tar", "index.parquet")}
+        publish_part(store, SHUFFLE, key, NO_NUMERICS, files)
 
 
-def _checked_row(
-    file: SourceFile, number: int, data: bytes, path: str, labels: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """The index row of an image that decodes. Raises ImageError with the reason where it does not."""
-    import hashlib
-
-    image = decode_rgb(data)
-    return {
-        "key": sample_key(file, number),
-        "data": data,
-        "extension": image_extension(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "label": int(labels[file.name][number]) if file.name in labels else -1,
-        "width": image.width,
-        "height": image.height,
-        "source": f"{file.name}:{path}" if path else f"{file.name}:{number}",
-    }
+def _labels(store: Store, parts: Sequence[Part]) -> np.ndarray:
+    tables = read_tables(store, [part.file("index.parquet") for part in parts], ["label"])
+    return np.concatenate([table["label"].to_numpy() for table in tables])
 
 
-def _collect(
-    store: Store, config: PrepareConfig, plans: list[ShardPlan], parts: list[Part]
-) -> tuple[tuple[FileEntry, ...], dict[str, Any]]:
-    """Name the parts' files within the data set, and count. Raises UserError on too many rejects of a split."""
-    entries: list[FileEntry] = []
-    counts: dict[str, Any] = {}
-    for split in SPLITS:
-        own = [part for plan, part in zip(plans, parts, strict=True) if plan.split == split]
-        kept, rejected = (sum(p.file(n).rows or 0 for p in own) for n in ("shard.tar", "rejects.parquet"))
-        if rejected > config.max_reject_fraction * (kept + rejected) or not kept:
-            first = "; ".join([reason for part in own for reason in part.facts["rejects"]][:FIRST_REJECTS])
-            raise UserError(
-                f"data.{split}: {rejected} of {kept + rejected} images cannot be decoded, more than "
-                f"data.max_reject_fraction={config.max_reject_fraction} allows ({first or 'the files hold no rows'}); mend or remove them"
-            )
-        counts[split] = {"images": kept, "rejected": rejected}
-        number = 0
-        for place, part in enumerate(own):
-            rejects = part.file("rejects.parquet").model_copy(update={"name": f"rejects/{split}/{place:05d}.parquet"})
-            entries.append(rejects)
-            if not part.file("shard.tar").rows:
-                continue
-            shard = part.file("shard.tar").model_copy(update={"name": f"shards/{split}/{number:05d}.tar"})
-            index = part.file("index.parquet").model_copy(update={"name": index_name(shard)})
-            entries += [shard, index]
-            number += 1
-    return tuple(entries), counts
-
-
-def _labeled_per_class(store: Store, entries: Sequence[FileEntry], num_classes: int) -> list[int]:
-    own = [entry for entry in entries if entry.name.startswith("index/labeled/")]
-    labels = np.concatenate([table["label"].to_numpy() for table in read_tables(store, own, ["label"])])
-    return [int(count) for count in np.bincount(labels, minlength=num_classes)]
-
-
-def _check_class_size(config: PrepareConfig, name: str, number: int, count: int, what: str) -> None:
-    if count < config.min_images_per_class:
+def _numbered(config: DataConfig, largest: int, num_labeled: int) -> list[str]:
+    """Names for classes that have none. Raises UserError before a list of 2**63 names is made."""
+    if largest >= num_labeled:
         raise UserError(
-            f"class {number} ({name}) has {count} {what}; at least data.min_images_per_class="
-            f"{config.min_images_per_class} are needed. Add images, drop the class, or lower the setting"
+            f"data.labeled={config.labeled!r}: {num_labeled} images cannot fill the classes 0..{largest} that their labels "
+            "name; number the classes from 0 without gaps, or set data.class_names"
         )
+    return [str(number) for number in range(largest + 1)]
+
+
+def _check_classes(config: DataConfig, names: list[str], labels: np.ndarray, what: str) -> None:
+    if len(names) < 2:
+        raise UserError(f"data.labeled={config.labeled!r}: found one class only; a classifier needs two or more")
+    inside = labels[(labels >= 0) & (labels < len(names))]
+    for number, count in enumerate(np.bincount(inside, minlength=len(names))):
+        if count < config.min_images_per_class:
+            where = f"{what} in data.labeled={config.labeled!r}" if what == "images" else what
+            raise UserError(
+                f"class {number} ({names[number]}) has {count} {where}; at least data.min_images_per_class="
+                f"{config.min_images_per_class} are needed. Add images, drop the class, or lower the setting"
+            )

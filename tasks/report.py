@@ -60,7 +60,7 @@ def report(context: StageContext, config: ReportConfig, inputs: dict[str, Manife
         context.on_progress({"done": len(sections), "total": len(rounds), "unit": "iterations"})
     page = {
         "experiment": config.experiment,
-        "data": inputs["prepare"].metrics,
+        "data": {**inputs["unlabeled"].metrics, **inputs["prepare"].metrics},
         "splits": SPLITS,
         "result": _result(records, inputs),
         "training": _training_figures(context.store, inputs),
@@ -325,7 +325,7 @@ def _grids(store: Store, config: ReportConfig, inputs: dict[str, Manifest], sele
     """The shown images of both fates. Keys are picked first; only their bytes are read, one image at a time."""
     names, kept = selection.metrics["class_names"], selection.metrics["per_class"]["kept"]
     classes = [number for number, count in enumerate(kept) if count]
-    data = inputs["prepare"]
+    data = inputs["unlabeled"]
     labels = next(manifest for manifest in inputs.values() if manifest.key == selection.inputs["labels"])
     picked = {
         fate: pick_decisions(read_decisions(store, labels, selection), fate == "kept", classes, config.grid_images)

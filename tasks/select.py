@@ -19,7 +19,7 @@ from storage.keys import digest
 from storage.objects import Store
 from storage.shards import index_name, shard_files, write_parquet, write_parquet_batches
 from tasks.contract import StageContext, StageResult
-from tasks.prepare import NO_NUMERICS
+from tasks.ingest import NO_NUMERICS
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import DECISIONS_FILE, DECISIONS_SCHEMA, decisions_batch
 from tasks.selection.layout import Shuffle, draw_copies, shards_of_file

@@ -25,12 +25,12 @@ from storage.shards import (
     write_parquet,
     write_tar,
 )
-from tasks.prepare import NO_NUMERICS
+from tasks.ingest import NO_NUMERICS
 from tasks.selection.layout import shards_of_file
 
 STAGE = "select"  # of the parts
 GATHER_BYTES = 256 << 20  # of soft labels in memory
-IMAGE_FACTS = ("key", "offset", "bytes", "sha256", "width", "height", "source")
+IMAGE_FACTS = tuple(name for name in INDEX_SCHEMA.names if name != "label")  # the label is the predicted one
 SELECTION_SCHEMA = pa.schema(
     [
         *INDEX_SCHEMA,

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from storage.errors import UserError
 from storage.keys import Config, digest, file_sha256
-from tasks.sources import SPLITS, RawImage, SourceFile
+from tasks.sources import SPLITS, UNKNOWN_ROWS, RawImage, SourceFile, cut_rows
 
 DIGIT_PX = 28
 NUM_DIGITS = 5000
@@ -41,10 +41,10 @@ class DigitsConfig(Config):
 class DigitsSource:
     """A source with one virtual file a split; images are made on the fly and are the same on every machine."""
 
-    def __init__(self, config: DigitsConfig) -> None:
-        self._config = config
+    def __init__(self, config: DigitsConfig, shard_images: int) -> None:
+        self._config, self._shard_images = config, shard_images
 
-    def files(self) -> list[SourceFile]:
+    def files(self, splits: Sequence[str]) -> list[SourceFile]:
         """One file a split, with the fingerprint of the packages' data files and of the settings."""
         origin = [file_sha256(path) for path in self._data_files()]
         config = self._config
@@ -52,7 +52,11 @@ class DigitsSource:
         unlabeled = NUM_DIGITS - labeled - config.num_val - config.num_test + config.num_out_of_domain
         rows = {"labeled": labeled, "val": config.num_val, "test": config.num_test, "unlabeled": unlabeled}
         fingerprint = digest([origin, config.model_dump(mode="json")])
-        return [SourceFile(split=s, name=f"digits-{s}", bytes=0, sha256=fingerprint, rows=rows[s]) for s in SPLITS]
+        cuts = {split: cut_rows([(rows[split], 0)], self._shard_images, 1) for split in SPLITS}
+        return [
+            SourceFile(split=s, name=f"digits-{s}", bytes=0, sha256=fingerprint, rows=rows[s], cuts=cuts[s])
+            for s in splits
+        ]
 
     def class_names(self) -> list[str]:
         """The ten digits."""
@@ -62,16 +66,18 @@ class DigitsSource:
         """The digits of a split, int64 [rows]."""
         return np.array([self._digits[1][number] for _, number in self._rows[file.split]], np.int64)
 
-    def read(self, file: SourceFile, rows: Sequence[int]) -> Iterator[RawImage]:
+    def read(self, file: SourceFile, first: int, last: int) -> Iterator[RawImage]:
         """PNG bytes, 28 x 28 pixels."""
-        for row in rows:
-            kind, number = self._rows[file.split][row]
+        for kind, number in self._rows[file.split][first : None if last == UNKNOWN_ROWS else last]:
             pixels = self._digits[0][number] if kind == "digit" else self._patches[number]
             stream = io.BytesIO()
             Image.fromarray(pixels).save(stream, "PNG")
-            yield RawImage(
-                data=stream.getvalue(), path=f"{'mnist' if kind == 'digit' else 'photograph'}/{number:05d}.png"
-            )
+            path = f"{'mnist' if kind == 'digit' else 'photograph'}/{number:05d}.png"
+            label = -1 if file.split == "unlabeled" else int(self._digits[1][number])
+            yield RawImage(stream.getvalue(), path, label)
+
+    def in_place(self, file: SourceFile) -> None:
+        """These images lie in no file of their own."""
 
     @cached_property
     def _rows(self) -> dict[str, list[tuple[str, int]]]:

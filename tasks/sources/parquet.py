@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
-from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -13,29 +11,29 @@ import pyarrow.parquet as pq
 
 from storage.errors import UserError
 from storage.external import ExternalFile, ExternalFolder
-from tasks.sources import SPLITS, RawImage, SourceFile
+from tasks.sources import UNKNOWN_ROWS, RawImage, SourceFile, cut_rows
 
 FOOTERS_AT_ONCE = 8
+READ_ROWS = 64  # rows in memory at once
+READ_BUFFER = 1 << 20
 
 
-class ParquetSource:
-    """Files below `root` (a folder or an `s3://` URL); each split is a file, a glob pattern, or a folder."""
+class ParquetFiles:
+    """The Parquet files of one folder or bucket."""
 
-    def __init__(self, root: str, patterns: dict[str, str]) -> None:
-        self._root = root
-        self._folder = ExternalFolder(root, "data.root")
-        self._patterns = patterns
+    def __init__(self, root: str, folder: ExternalFolder, shard_images: int, shard_bytes: int) -> None:
+        self._root, self._folder = root, folder
+        self._limits = shard_images, shard_bytes
 
-    def files(self) -> list[SourceFile]:
-        """Every split's files. Raises UserError naming the folder, the pattern or the file and the remedy."""
-        self._folder.check()
-        found = [(split, file) for split in SPLITS for file in self._found[split]]
+    def describe(self, split: str, files: Sequence[ExternalFile]) -> list[SourceFile]:
+        """The files with their rows. Raises UserError naming one that has not the columns."""
+        fingerprints = self._folder.fingerprints(files)
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-            return list(pool.map(lambda place: self._describe(*place), found))
+            return list(pool.map(lambda file, sha256: self._describe(split, file, sha256), files, fingerprints))
 
-    def class_names(self) -> list[str]:
-        """The names in the first labeled file's metadata, as `datasets` writes them."""
-        schema = self._footer(self._found["labeled"][0]).schema.to_arrow_schema()
+    def class_names(self, file: SourceFile) -> list[str]:
+        """The names in a file's metadata, as `datasets` writes them."""
+        schema = self._footer(_external(file)).schema.to_arrow_schema()
         try:
             info = json.loads((schema.metadata or {})[b"huggingface"])
             return [str(name) for name in info["info"]["features"]["label"]["names"]]
@@ -52,43 +50,34 @@ class ParquetSource:
             )
         return column.to_numpy().astype(np.int64)
 
-    def read(self, file: SourceFile, rows: Sequence[int]) -> Iterator[RawImage]:
-        """Reads only the row groups that hold the rows, one at a time."""
+    def read(self, file: SourceFile, first: int, last: int) -> Iterator[RawImage]:
+        """Reads only the row groups that hold the rows, `READ_ROWS` rows at a time."""
+        last = file.rows if last == UNKNOWN_ROWS else last
+        columns = ["image"] if file.split == "unlabeled" else ["image", "label"]
         with self._open(file) as reader:
             ends = np.cumsum([reader.metadata.row_group(g).num_rows for g in range(reader.num_row_groups)])
-            groups = np.searchsorted(ends, np.asarray(rows), side="right")
-            loaded, images = -1, None
-            for row, group in zip(rows, groups, strict=True):
-                if group != loaded:
-                    loaded, images = (
-                        group,
-                        reader.read_row_group(int(group), columns=["image"])["image"].combine_chunks(),
-                    )
-                assert images is not None  # set with `loaded`
-                value = images[int(row - (ends[group - 1] if group else 0))].as_py() or {}
-                yield RawImage(data=value.get("bytes") or b"", path=value.get("path") or "")
-
-    @cached_property
-    def _found(self) -> dict[str, list[ExternalFile]]:
-        """The files of each split. Raises UserError where one has none."""
-        found = {}
-        for split in SPLITS:
-            pattern = self._patterns[split]
-            if PurePosixPath(pattern).is_absolute():
-                raise UserError(f"data.{split}={pattern!r} is absolute; give it relative to data.root={self._root!r}")
-            found[split] = self._folder.find(pattern, ".parquet")
-            if not found[split]:
-                raise UserError(
-                    f"data.{split}: nothing matches {pattern!r} in {self._root}; set data.{split} to a file, pattern or folder"
-                )
-        return found
+            groups = range(
+                int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last - 1, "right")) + 1
+            )
+            row = int(ends[groups.start - 1]) if groups.start else 0
+            for batch in reader.iter_batches(READ_ROWS, row_groups=list(groups), columns=columns):
+                images = batch.column("image")
+                for place in range(max(0, first - row), min(len(images), last - row)):
+                    value = images[place].as_py() or {}
+                    label = batch.column("label")[place].as_py() if len(columns) == 2 else -1
+                    yield RawImage(value.get("bytes") or b"", value.get("path") or "", label)
+                row += len(images)
 
     @contextmanager
     def _open(self, file: SourceFile) -> Iterator[pq.ParquetFile]:
-        place = next((found for found in self._found[file.split] if found.name == file.name), None)
-        if place is None or place.bytes != file.bytes or (place.tag and self._folder.fingerprint(place) != file.sha256):
+        place = _external(file)
+        if self._folder.fingerprint(place) != file.sha256:
             raise UserError(f"{self._root}/{file.name} was replaced or removed since it was listed; run again")
-        with self._folder.local(place) as path, self._naming(place.name), pq.ParquetFile(path) as reader:
+        with (
+            self._folder.local(place) as path,
+            self._naming(file.name),
+            pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False) as reader,
+        ):
             yield reader
 
     def _footer(self, file: ExternalFile) -> pq.FileMetaData:
@@ -104,7 +93,7 @@ class ParquetSource:
                 f"{self._root}/{name} is not a readable Parquet file ({error}); replace it or leave it out of the pattern"
             ) from error
 
-    def _describe(self, split: str, file: ExternalFile) -> SourceFile:
+    def _describe(self, split: str, file: ExternalFile, sha256: str) -> SourceFile:
         footer = self._footer(file)
         schema, path = footer.schema.to_arrow_schema(), f"{self._root}/{file.name}"
         image = schema.field("image").type if "image" in schema.names else None
@@ -118,5 +107,12 @@ class ParquetSource:
             raise UserError(
                 f"{path} has no integer column 'label', which data.{split} needs (it has {', '.join(schema.names)})"
             )
-        sha256 = self._folder.fingerprint(file)
-        return SourceFile(split=split, name=file.name, bytes=file.bytes, sha256=sha256, rows=footer.num_rows)
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+        cuts = cut_rows([(group.num_rows, group.total_byte_size) for group in groups], *self._limits)
+        return SourceFile(split=split, name=file.name, bytes=file.bytes, sha256=sha256, rows=footer.num_rows, cuts=cuts)
+
+
+def _external(file: SourceFile) -> ExternalFile:
+    """The file as its folder names it."""
+    tag = file.sha256.removeprefix("etag:") if file.sha256.startswith("etag:") else ""
+    return ExternalFile(name=file.name, bytes=file.bytes, tag=tag)

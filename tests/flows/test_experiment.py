@@ -10,7 +10,7 @@ from flows.experiment import RECIPES, Experiment, load_experiment, merge
 from flows.graph import build_graph, resolve_keys
 from models.configs import TrainConfig
 from storage.errors import UserError
-from tests.flows.tiny import FINGERPRINT, RECIPE, write_recipe
+from tests.flows.tiny import FINGERPRINTS, RECIPE, write_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -28,7 +28,7 @@ def message(folder: Path, *overrides: str, text: str = RECIPE, scale: str = "") 
 
 
 def keys(experiment: Experiment) -> dict[str, str]:
-    return {record.name: record.key for record in resolve_keys(build_graph(experiment), FINGERPRINT, {})}
+    return {record.name: record.key for record in resolve_keys(build_graph(experiment), FINGERPRINTS, {})}
 
 
 def epochs(experiment: Experiment) -> list[float]:

@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 from flows.experiment import load_experiment
 from flows.graph import STAGES, build_graph, resolve_keys
 from storage.keys import Config
-from tests.flows.tiny import FINGERPRINT, write_recipe
+from tests.flows.tiny import FINGERPRINTS, write_recipe
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
 WRITE_ANEW = "`.venv/bin/python -m tests.flows.test_golden_keys`"
@@ -59,7 +59,7 @@ def keys_now() -> dict[str, dict[str, str]]:
         recipe = write_recipe(Path(folder))
         experiments = {order: load_experiment(recipe, [f"order={order}"]) for order in ("each_iteration", "once")}
     return {
-        order: {r.name: r.key for r in resolve_keys(build_graph(experiment), FINGERPRINT, {"2/select": 1})}
+        order: {r.name: r.key for r in resolve_keys(build_graph(experiment), FINGERPRINTS, {"2/select": 1})}
         for order, experiment in experiments.items()
     }
 

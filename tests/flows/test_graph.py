@@ -6,13 +6,13 @@ from flows.driver import Rerun
 from flows.experiment import load_experiment
 from flows.graph import STAGES, Node, build_graph, resolve_keys
 from storage.errors import UserError
-from tests.flows.tiny import FINGERPRINT, RECIPE, write_recipe
+from tests.flows.tiny import FINGERPRINTS, RECIPE, write_recipe
 
-EACH = ["prepare", "0/teacher", "0/evaluate"] + [
+EACH = ["prepare", "unlabeled", "0/teacher", "0/evaluate"] + [
     f"{n}/{role}" for n in (1, 2) for role in ("label", "select", "student", "evaluate")
 ]
 ONCE = [
-    "prepare", "0/teacher", "0/evaluate", "0/label", "0/select",
+    "prepare", "unlabeled", "0/teacher", "0/evaluate", "0/label", "0/select",
     "1/label", "1/student", "1/evaluate", "2/label", "2/student", "2/evaluate",
 ]  # fmt: skip
 
@@ -23,8 +23,8 @@ def graph(folder: Path, *overrides: str, text: str = RECIPE) -> dict[str, Node]:
     return {node.name: node for node in nodes}
 
 
-def keys(nodes: dict[str, Node], fingerprint: str = FINGERPRINT, **generations: int) -> dict[str, str]:
-    return {r.name: r.key for r in resolve_keys(list(nodes.values()), fingerprint, generations)}
+def keys(nodes: dict[str, Node], data: dict[str, str] | None = None, **generations: int) -> dict[str, str]:
+    return {r.name: r.key for r in resolve_keys(list(nodes.values()), {**FINGERPRINTS, **(data or {})}, generations)}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -59,9 +59,9 @@ def test_each_student_learns_from_its_teachers_own_selection_and_teaches_the_nex
     assert list(nodes) == [*EACH, "report"]
     assert nodes["0/teacher"].inputs == {"data": "prepare"}
     assert nodes["0/evaluate"].inputs == {"data": "prepare", "model": "0/teacher"}
-    assert nodes["1/label"].inputs == {"data": "prepare", "model": "0/teacher"}
-    assert nodes["2/label"].inputs == {"data": "prepare", "model": "1/student"}
-    assert nodes["2/select"].inputs == {"data": "prepare", "labels": "2/label"}
+    assert nodes["1/label"].inputs == {"data": "unlabeled", "model": "0/teacher"}
+    assert nodes["2/label"].inputs == {"data": "unlabeled", "model": "1/student"}
+    assert nodes["2/select"].inputs == {"data": "unlabeled", "labels": "2/label"}
     assert nodes["2/student"].inputs == {"data": "prepare", "selection": "2/select"}
     assert nodes["2/evaluate"].inputs == {"data": "prepare", "model": "2/student"}
 
@@ -69,10 +69,10 @@ def test_each_student_learns_from_its_teachers_own_selection_and_teaches_the_nex
 def test_once_selects_once_and_each_teacher_labels_only_the_selected_images(tmp_path: Path) -> None:
     nodes = graph(tmp_path, "order=once")
     assert list(nodes) == [*ONCE, "report"]
-    assert nodes["0/label"].inputs == {"data": "prepare", "model": "0/teacher"}
-    assert nodes["0/select"].inputs == {"data": "prepare", "labels": "0/label"}
-    assert nodes["1/label"].inputs == {"data": "prepare", "model": "0/teacher", "selection": "0/select"}
-    assert nodes["2/label"].inputs == {"data": "prepare", "model": "1/student", "selection": "0/select"}
+    assert nodes["0/label"].inputs == {"data": "unlabeled", "model": "0/teacher"}
+    assert nodes["0/select"].inputs == {"data": "unlabeled", "labels": "0/label"}
+    assert nodes["1/label"].inputs == {"data": "unlabeled", "model": "0/teacher", "selection": "0/select"}
+    assert nodes["2/label"].inputs == {"data": "unlabeled", "model": "1/student", "selection": "0/select"}
     assert nodes["2/student"].inputs == {"data": "prepare", "selection": "0/select", "labels": "2/label"}
 
 
@@ -103,7 +103,8 @@ def test_every_node_names_its_stage_role_and_section(tmp_path: Path) -> None:
     ("override", "sources"),
     [
         ("data.seed=1", ["prepare"]),
-        ("data.shard_images=7", ["prepare"]),
+        ("data.in_place=false", ["unlabeled"]),
+        ("data.shard_images=7", ["prepare", "unlabeled"]),
         ("data.root=/elsewhere", []),
         ("train.seed=1", ["0/teacher", "1/student", "2/student"]),
         ("teacher.epochs=3", ["0/teacher"]),
@@ -131,9 +132,9 @@ def test_a_new_threshold_leaves_data_and_first_labels_alone(tmp_path: Path) -> N
     """The case worked out by hand that `downstream` is checked against."""
     nodes = graph(tmp_path)
     found = changed(keys(nodes), keys(graph(tmp_path, "select.min_confidence=0.4")))
-    assert found == {*EACH, "report"} - {"prepare", "0/teacher", "0/evaluate", "1/label"}
+    assert found == {*EACH, "report"} - {"prepare", "unlabeled", "0/teacher", "0/evaluate", "1/label"}
     found = changed(keys(nodes), keys(graph(tmp_path, "iterations.1.batch_ratio=3")))
-    assert found == {*EACH, "report"} - {"prepare", "0/teacher", "0/evaluate", "1/label", "1/select"}
+    assert found == {*EACH, "report"} - {"prepare", "unlabeled", "0/teacher", "0/evaluate", "1/label", "1/select"}
 
 
 def test_once_a_new_student_changes_no_selection(tmp_path: Path) -> None:
@@ -142,9 +143,15 @@ def test_once_a_new_student_changes_no_selection(tmp_path: Path) -> None:
     assert found == {"1/student", "1/evaluate", "2/label", "2/student", "2/evaluate", "report"}
 
 
-def test_other_data_changes_every_key(tmp_path: Path) -> None:
+def test_other_labeled_images_change_every_key(tmp_path: Path) -> None:
     nodes = graph(tmp_path)
-    assert changed(keys(nodes), keys(nodes, "f" * 32)) == set(nodes)
+    assert changed(keys(nodes), keys(nodes, {"prepare": "f" * 32})) == set(nodes)
+
+
+def test_other_unlabeled_images_leave_the_first_teacher_as_it_is(tmp_path: Path) -> None:
+    nodes = graph(tmp_path)
+    found = changed(keys(nodes), keys(nodes, {"unlabeled": "f" * 32}))
+    assert found == set(nodes) - {"prepare", "0/teacher", "0/evaluate"}
 
 
 def test_the_name_of_the_experiment_changes_only_the_report(tmp_path: Path) -> None:
@@ -168,12 +175,12 @@ def test_a_generation_changes_its_node_and_what_follows(tmp_path: Path) -> None:
 
 def test_a_record_holds_what_its_key_is_made_from(tmp_path: Path) -> None:
     nodes = graph(tmp_path)
-    records = {r.name: r for r in resolve_keys(list(nodes.values()), FINGERPRINT, {"1/select": 2})}
-    select, data = records["1/select"], records["prepare"]
+    records = {r.name: r for r in resolve_keys(list(nodes.values()), FINGERPRINTS, {"1/select": 2})}
+    select, data = records["1/select"], records["unlabeled"]
     assert (select.stage, select.kind, select.generation) == ("select", "selection", 2)
     assert select.config == {"images_per_class": 100}
     assert select.inputs == {"data": data.key, "labels": records["1/label"].key}
-    assert data.inputs == {"source": FINGERPRINT}
+    assert data.inputs == {"data": records["prepare"].key, "source": FINGERPRINTS["unlabeled"]}
 
 
 @pytest.mark.parametrize(
@@ -194,5 +201,5 @@ def test_a_rerun_covers_a_role_of_one_iteration_or_all(tmp_path: Path, text: str
 
 @pytest.mark.parametrize("text", ["selec", "2/", "/", "x/select", "²/select", "-1/select", "1/2/select"])
 def test_an_unknown_rerun_names_the_stages(text: str) -> None:
-    with pytest.raises(UserError, match="choose from prepare, teacher, .*or of one iteration: 2/select"):
+    with pytest.raises(UserError, match="choose from prepare, unlabeled, teacher, .*or of one iteration: 2/select"):
         Rerun.parse(text)

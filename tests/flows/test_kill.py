@@ -11,10 +11,10 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_o
 ) -> None:
     store = tmp_path / "store with spaces"
     line = command(store)
-    kill_when(line, lambda: count(store, "parts/prepare", ".json") >= 2)
-    prepared = set(Store(str(store)).paths("parts/prepare"))
+    kill_when(line, lambda: count(store, "parts/ingest", ".json") >= 2)
+    prepared = set(Store(str(store)).paths("parts/ingest"))
     kill_when(line, lambda: count(store, "artifacts/model", ".pt") >= 1)  # teacher
-    assert prepared <= set(Store(str(store)).paths("parts/prepare")), "finished shards were made again"
+    assert prepared <= set(Store(str(store)).paths("parts/ingest")), "finished shards were made again"
     checkpoints = count(store, "artifacts/model", ".pt")
     assert checkpoints >= 1
     kill_when(line, lambda: count(store, "parts/predict", ".json") >= 1)  # evaluation of the teacher

@@ -91,7 +91,7 @@ def test_planning_writes_nothing(project: Project, tmp_path: Path) -> None:
     make_plan(project.resolve())
     assert everything_below(tmp_path) == before
     assert not project.store.root.exists()
-    finish(project.resolve(), "prepare", "0/teacher")
+    finish(project.resolve(), "prepare", "unlabeled", "0/teacher")
     before = everything_below(tmp_path)
     make_plan(project.resolve("select.min_confidence=0.5", rerun="2/select"))
     assert everything_below(tmp_path) == before
@@ -143,7 +143,8 @@ def test_new_changed_and_gone_files_are_named(project: Project) -> None:
     write_images(project.images / "unlabeled-a.parquet", pngs(3, 70))
     write_images(project.images / "unlabeled-b.parquet", pngs(3, 80))
     (project.images / "unlabeled-c.parquet").unlink()
-    assert reasons(project.resolve())["prepare"] == (
+    assert "0/teacher" not in reasons(project.resolve()), "the teacher has nothing to do with unlabeled images"
+    assert reasons(project.resolve())["unlabeled"] == (
         "file unlabeled: unlabeled-a.parquet is new",
         "file unlabeled: unlabeled-c.parquet is gone",
         "file unlabeled: unlabeled-b.parquet changed",
@@ -244,14 +245,14 @@ def resolve_like(project: Project, prefect_run: str) -> Run:
 
 
 def test_a_rerun_of_a_stage_that_is_not_there_names_those_that_are(project: Project) -> None:
-    with pytest.raises(UserError, match="no such stage; it has prepare, 0/teacher"):
+    with pytest.raises(UserError, match="no such stage; it has prepare, unlabeled, 0/teacher"):
         project.resolve(rerun="3/select")
 
 
 def test_an_interrupted_run_says_what_was_not_finished(project: Project) -> None:
-    finish(project.resolve(), "prepare", "0/teacher")
+    finish(project.resolve(), "prepare", "unlabeled", "0/teacher")
     found = reasons(project.resolve())
-    assert set(found) == set(project.resolve().records) - {"prepare", "0/teacher"}
+    assert set(found) == set(project.resolve().records) - {"prepare", "unlabeled", "0/teacher"}
     assert set(found.values()) == {("was not finished",)}
 
 
@@ -281,14 +282,14 @@ def test_another_experiment_of_the_same_store_reuses_what_is_equal(project: Proj
 
 def test_a_stage_without_its_inputs_names_those_to_run_first(project: Project) -> None:
     run = finish(project.resolve(), "prepare")
-    with pytest.raises(UserError, match=r"1/select needs 1/label, not made yet"):
+    with pytest.raises(UserError, match=r"1/select needs unlabeled, 1/label, not made yet"):
         execute_node(run, find_node(run, "1/select"), lambda request: pytest.fail("it ran"))
-    with pytest.raises(UserError, match="no stage '3/select'; it has prepare, 0/teacher"):
+    with pytest.raises(UserError, match="no stage '3/select'; it has prepare, unlabeled, 0/teacher"):
         find_node(run, "3/select")
 
 
 def test_plan_ls_and_results_load_no_heavy_library_and_write_nothing(project: Project, tmp_path: Path) -> None:
-    finish(project.resolve(), "prepare", "0/teacher")
+    finish(project.resolve(), "prepare", "unlabeled", "0/teacher")
     store = ["--store", str(project.store.root)]
     lines = [
         ["plan", project.recipe, *project.overrides("teacher.epochs=3"), *store],

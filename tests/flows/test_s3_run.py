@@ -74,7 +74,7 @@ def test_stages_that_share_nothing_but_the_bucket_pass_their_work_on(s3: str, tm
     for path in write_splits(tmp_path / "images").iterdir():
         images.put_file(path, path.name)
     recipe = write_recipe(tmp_path, RECIPE)
-    stages = [["stage", name, recipe] for name in ("prepare", "0/teacher", "1/label", "1/select")]
+    stages = [["stage", name, recipe] for name in ("prepare", "unlabeled", "0/teacher", "1/label", "1/select")]
     for number, line in enumerate([*stages, ["run", recipe]]):
         machine = tmp_path / f"machine-{number}"
         for folder in ("tmp", "work"):

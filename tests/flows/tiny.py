@@ -21,7 +21,7 @@ select: {images_per_class: 100}
 scales:
   smoke: {teacher.epochs: 1, student.epochs: 2, iterations.2.batch_ratio: 1}
 """
-FINGERPRINT = "0123456789abcdef0123456789abcdef"  # of a data set that need not exist
+FINGERPRINTS = {"prepare": "0123456789abcdef" * 2, "unlabeled": "fedcba9876543210" * 2}  # of data that need not exist
 
 
 def write_recipe(folder: Path, text: str = RECIPE) -> str:

@@ -18,9 +18,9 @@ from storage.keys import Config, digest
 from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files, write_parquet
 from tasks.contract import StageContext, StageResult
-from tasks.prepare import PrepareConfig, prepare
 from tasks.select import select
 from tasks.selection.config import SelectConfig
+from tests.datasets import prepare_all
 from tests.real_images import encoded, write_images
 
 CLASSES = ("zero", "one", "two", "three")
@@ -49,9 +49,14 @@ def make_artifacts(folder: Path) -> Artifacts:
     """48 labeled and 72 unlabeled digits of four classes in three shards each; 64 selected with duplicates."""
     store = Store(str(folder / "store"))
     write_digits(folder / "images")
-    config = PrepareConfig(root=str(folder / "images"), shard_images=24)
     context = stage_context(store, "dataset")
-    data = commit_result(store, "dataset", context.key, prepare(context, config, {}), {})
+    data = commit_result(
+        store,
+        "dataset",
+        context.key,
+        prepare_all(context, folder / "images", shard_images=24, leaks={"max_distance": 0}),
+        {},
+    )
     labels = label_by_hand(store, data)
     context = stage_context(store, "selection")
     chosen = SelectConfig(min_confidence=0.5, images_per_class=16, shard_images=24)

@@ -23,7 +23,7 @@ from storage.errors import StoreError
 from storage.keys import digest
 from storage.objects import Store
 from storage.shards import read_table, shard_files
-from tasks.prepare import PrepareConfig, prepare
+from tests.datasets import prepare_all
 from tests.models.artifacts import CLASSES, NUMERICS, Artifacts, commit_model, commit_result, stage_context
 from tests.real_images import SPLITS, write_images
 
@@ -228,7 +228,7 @@ def test_labels_are_those_of_timms_own_evaluation_of_real_jpegs(tmp_path: Path) 
         write_images(tmp_path / f"{split}.parquet", jpegs[: len(labels)] if labels else jpegs, labels, names)
     store = Store(str(tmp_path / "store"))
     context = stage_context(store, "dataset")
-    result = prepare(context, PrepareConfig(root=str(tmp_path)), {})
+    result = prepare_all(context, tmp_path, leaks={"enabled": False})
     data = commit_result(store, "dataset", context.key, result, {})
     own = Artifacts(store, data, data, data)
     model = commit_model(store, network(4), NETWORK, "random")

@@ -37,8 +37,8 @@ def folder(store: Store, upload: Callable[[str, bytes], None]) -> ExternalFolder
         ("*.parquet", ["a.parquet", "b.parquet"]),
         ("[ab].parquet", ["a.parquet", "b.parquet"]),
         ("?.parquet", ["a.parquet", "b.parquet"]),
-        ("sub dir", ["sub dir/c.parquet", "sub dir/deep/d.parquet", ODD]),
-        ("./sub dir/", ["sub dir/c.parquet", "sub dir/deep/d.parquet", ODD]),
+        ("sub dir", ["sub dir/c.parquet", "sub dir/deep/d.parquet", ODD, "sub dir/notes.txt"]),
+        ("./sub dir/", ["sub dir/c.parquet", "sub dir/deep/d.parquet", ODD, "sub dir/notes.txt"]),
         ("sub dir/*.parquet", ["sub dir/c.parquet", ODD]),
         ("**/d.parquet", ["sub dir/deep/d.parquet"]),
         ("**/*.txt", ["sub dir/notes.txt"]),
@@ -51,7 +51,7 @@ def folder(store: Store, upload: Callable[[str, bytes], None]) -> ExternalFolder
 def test_a_pattern_finds_the_same_files_on_disk_and_in_a_bucket(
     folder: ExternalFolder, pattern: str, names: list[str]
 ) -> None:
-    assert [file.name for file in folder.find(pattern, ".parquet")] == names
+    assert [file.name for file in folder.find(pattern)] == names
 
 
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
@@ -61,12 +61,12 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "root/crawl").symlink_to(tmp_path / "elsewhere")
     folder = ExternalFolder(str(tmp_path / "root"), "data.root")
     for pattern in ("crawl/*.parquet", "*/a.parquet", "**/*.parquet", "crawl"):
-        assert [file.name for file in folder.find(pattern, ".parquet")] == ["crawl/a.parquet"]
+        assert [file.name for file in folder.find(pattern)] == ["crawl/a.parquet"]
 
 
 def test_a_pattern_that_leaves_the_folder_is_refused(folder: ExternalFolder) -> None:
     with pytest.raises(UserError, match=r"leaves data\.root"):
-        folder.find("../x/*.parquet", ".parquet")
+        folder.find("../x/*.parquet")
 
 
 def test_two_stars_are_any_number_of_steps() -> None:
@@ -77,7 +77,7 @@ def test_two_stars_are_any_number_of_steps() -> None:
 
 
 def test_a_file_is_read_whole_and_by_ranges(folder: ExternalFolder) -> None:
-    for file in folder.find("sub dir", ""):
+    for file in folder.find("sub dir"):
         with folder.local(file) as path:
             assert path.read_bytes() == file.name.encode()
         with folder.ranges(file) as stream:
@@ -90,7 +90,7 @@ def test_a_footer_is_read_without_the_rest_of_the_file(s3: str, proxy: FaultProx
     size = (tmp_path / "x.parquet").stat().st_size
     Store(s3).put_file(tmp_path / "x.parquet", "x.parquet")
     folder = ExternalFolder(s3, "data.root")
-    (file,) = folder.find("x.parquet", ".parquet")
+    (file,) = folder.find("x.parquet")
     proxy.requests.clear()
     with folder.ranges(file) as stream:
         assert pq.read_metadata(stream).num_rows == 2_000_000
@@ -101,7 +101,7 @@ def test_a_footer_is_read_without_the_rest_of_the_file(s3: str, proxy: FaultProx
 def test_a_copy_of_a_bucket_is_fetched_once(s3: str, proxy: FaultProxy) -> None:
     Store(s3)._backend.replace("a.parquet", b"content")
     folder = ExternalFolder(s3, "data.root")
-    (file,) = folder.find("a.parquet", ".parquet")
+    (file,) = folder.find("a.parquet")
     proxy.requests.clear()
     for _ in range(3):
         with folder.local(file) as path:
@@ -113,11 +113,11 @@ def test_a_file_that_is_replaced_while_it_is_used_is_noticed(s3: str) -> None:
     backend = Store(s3)._backend
     backend.replace("a.parquet", b"first")
     folder = ExternalFolder(s3, "data.root")
-    (file,) = folder.find("a.parquet", ".parquet")
+    (file,) = folder.find("a.parquet")
     backend.replace("a.parquet", b"secnd")
     with pytest.raises(StoreError, match="replaced while it was read; run again"), folder.local(file):
         pass
-    (again,) = folder.find("a.parquet", ".parquet")
+    (again,) = folder.find("a.parquet")
     assert folder.fingerprint(again) != folder.fingerprint(file)
     with folder.local(again) as path:
         assert path.read_bytes() == b"secnd"
@@ -126,7 +126,7 @@ def test_a_file_that_is_replaced_while_it_is_used_is_noticed(s3: str) -> None:
 def test_a_byte_that_is_flipped_on_its_way_is_noticed(s3: str, proxy: FaultProxy) -> None:
     Store(s3)._backend.replace("a.parquet", b"content of a file")
     folder = ExternalFolder(s3, "data.root")
-    (file,) = folder.find("a.parquet", ".parquet")
+    (file,) = folder.find("a.parquet")
     fault = proxy.do("flip", method="GET", path="/a.parquet")
     with folder.local(file) as path:
         assert path.read_bytes() == b"content of a file"

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from storage.images import ImageError, decode_rgb, image_extension
+from tests.broken_images import broken_images, odd_images
 from tests.real_images import encoded, jpeg, picture, png
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -154,3 +155,21 @@ def test_no_prefix_of_an_image_raises_anything_but_an_image_error() -> None:
 def test_extensions_follow_the_bytes() -> None:
     extensions = [image_extension(encoded(picture(1), form)) for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
     assert extensions == ["jpg", "png", "webp", "img", "img"]
+
+
+@pytest.mark.parametrize("kind", broken_images())
+def test_every_kind_of_broken_image_is_refused_with_a_reason(kind: str) -> None:
+    data, reason = broken_images()[kind]
+    with pytest.raises(ImageError, match=reason) as error:
+        decode_rgb(data)
+    assert "\n" not in str(error.value)
+    assert 5 < len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("kind", odd_images())
+def test_every_kind_of_unusual_image_comes_out_right(kind: str) -> None:
+    image = decode_rgb(odd_images()[kind])
+    red, green, blue = np.asarray(image).reshape(-1, 3).mean(axis=0)
+    assert image.mode == "RGB"
+    assert (red > 235, green < 25, blue < 25) == (True, True, True), (red, green, blue)
+    assert image.size == {"jpeg turned by exif": (10, 12), "one pixel": (1, 1)}.get(kind, (12, 10))

@@ -2,7 +2,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from models.compute import ComputeConfig, LocalEngine
 from storage.artifacts import Manifest, commit
-from storage.errors import UserError
+from storage.errors import StoreError, UserError
 from storage.objects import Store
 from storage.shards import ShardReader, read_index, read_table, shard_files
 from tasks.contract import StageContext, StageResult
-from tasks.prepare import PrepareConfig, check_labels, fingerprint, open_source, plan_shards, prepare, sample_key
-from tasks.sources import SPLITS, SourceFile
+from tasks.ingest import DataConfig, fingerprint, open_source, plan_stretches, sample_key
+from tasks.sources import SPLITS, Source, SourceFile, cut_rows
 from tasks.sources.digits import DigitsConfig, DigitsSource
-from tasks.sources.parquet import ParquetSource
+from tests.datasets import HereEngine, prepare_all
 from tests.real_images import encoded, image_column, jpeg, picture, png, pngs, write_images, write_splits
 
 NAMES = ("cat", "dog", "owl")
@@ -49,14 +49,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared(tmp_path_factory.mktemp("prepared"))
 
 
-def configure(root: Path, **fields: Any) -> PrepareConfig:
-    return PrepareConfig(root=str(root), **{"shard_images": 10, **fields})
+def configure(root: Path, **fields: Any) -> DataConfig:
+    return DataConfig(root=str(root), **{"shard_images": 10, **fields})
 
 
-def run(store: Store, config: PrepareConfig, processes: int = 1) -> StageResult:
-    """The stage, in real child processes."""
+def run(store: Store, config: DataConfig, processes: int = 0) -> StageResult:
+    """Both stages, in that many child processes; 0: in this one."""
     compute = ComputeConfig(processes=processes, task_images=1)
-    return prepare(StageContext(store, "k1", LocalEngine(compute), compute), config, {})
+    context = StageContext(store, "k1", LocalEngine(compute) if processes else HereEngine(), compute)
+    return prepare_all(context, **dict(config))
 
 
 def dataset(store: Store, result: StageResult) -> Manifest:
@@ -102,7 +103,7 @@ def test_every_image_is_in_a_shard_with_its_label_size_and_origin(prepared: Prep
     for split, count in zip(SPLITS, (24, 6, 6, 30), strict=True):
         original = pq.read_table(images / f"{split}.parquet").to_pylist()
         rows = read_index(store, manifest, split).to_pylist()
-        assert manifest.metrics[split] == {"images": count, "rejected": 0}
+        assert {**manifest.metrics[split], "images": count, "rejected": 0} == manifest.metrics[split]
         assert sorted(row["key"] for row in rows) == [f"{split}-{n:08d}" for n in range(count)]
         for row in rows:
             number = int(row["key"][-8:])
@@ -132,7 +133,7 @@ def test_images_that_cannot_be_decoded_are_listed_with_the_reason(store: Store, 
     write_images(images / "unlabeled-0.parquet", [*pngs(20, 5000), BROKEN, b"text", *pngs(30, 6000)])
     write_images(images / "unlabeled-1.parquet", [b"", None])  # a shard without any image
     result = run(store, configure(images))
-    assert result.metrics["unlabeled"] == {"images": 80, "rejected": 4}
+    assert (result.metrics["unlabeled"]["images"], result.metrics["unlabeled"]["rejected"]) == (80, 4)
     found = rejects(store, result, "unlabeled")
     assert [(r["source"], r["row"]) for r in found] == [
         ("unlabeled-0.parquet:20.png", 20),
@@ -145,7 +146,7 @@ def test_images_that_cannot_be_decoded_are_listed_with_the_reason(store: Store, 
     manifest = dataset(store, result)
     keys = set(read_index(store, manifest, "unlabeled", ["key"])["key"].to_pylist())
     assert len(keys) == 80
-    assert not keys & {sample_key(source_file("unlabeled-0.parquet"), row) for row in (20, 21)}
+    assert not keys & {sample_key("unlabeled-0.parquet", row) for row in (20, 21)}
     assert all(shard.rows for shard in shard_files(manifest, "unlabeled")), "an empty tar stops a reader"
 
 
@@ -207,13 +208,9 @@ def test_class_names_of_the_config_stand_before_those_of_the_files(prepared: Pre
     assert "a class name occurs twice" in failure(images, class_names=("a", "b", "a"))
 
 
-def test_without_names_classes_are_called_by_their_numbers(images: Path) -> None:
-    config = configure(images)
-    source = open_source(config)
-    files = source.files()
-    labels = {file.name: source.labels(file) for file in files if file.split != "unlabeled"}
-    assert source.class_names() == list(NAMES)
-    assert check_labels(config, [], files, labels) == ["0", "1", "2"]
+def test_without_names_classes_are_called_by_their_numbers(store: Store, images: Path) -> None:
+    write_images(images / "labeled.parquet", pngs(24), [n % 3 for n in range(24)])
+    assert run(store, configure(images)).metrics["class_names"] == ["0", "1", "2"]
 
 
 def test_a_missing_folder_file_or_pattern_is_named(images: Path) -> None:
@@ -247,10 +244,6 @@ def test_file_names_with_spaces_brackets_and_other_alphabets_work(store: Store, 
     assert run(store, configure(root, unlabeled="sub folder")).files == manifest.files, "a folder means all its files"
 
 
-def source_file(name: str) -> SourceFile:
-    return SourceFile(split="unlabeled", name=name, bytes=1, sha256="s", rows=1)
-
-
 def test_files_whose_safe_names_collide_have_keys_of_their_own(store: Store, images: Path) -> None:
     (images / "unlabeled.parquet").unlink()
     names = ["unlabeled a.parquet", "unlabeled_a.parquet", "unlabeled.a.parquet", "unlabeledüa.parquet"]
@@ -263,19 +256,19 @@ def test_files_whose_safe_names_collide_have_keys_of_their_own(store: Store, ima
 
 @given(st.sets(st.tuples(st.text("a_-. ü/", min_size=1, max_size=2), st.integers(0, 2)), min_size=10, max_size=60))
 def test_sample_keys_are_distinct_and_safe_for_a_tar(places: set[tuple[str, int]]) -> None:
-    keys = [sample_key(source_file(f"{stem}.parquet"), row) for stem, row in places]
+    keys = [sample_key(f"{stem}.parquet", row) for stem, row in places]
     assert len(set(keys)) == len(places)
     assert all(key.isascii() and not set(key) & set("./ ") for key in keys)
 
 
 def test_a_new_file_keeps_the_shards_of_the_files_that_were_there(prepared: Prepared, images: Path) -> None:
     store, before = prepared.store, content(prepared.result)
-    assert fingerprint(open_source(configure(images)).files()) == fingerprint(
-        open_source(configure(prepared.images)).files()
+    assert fingerprint(open_source(configure(images)).files(SPLITS)) == fingerprint(
+        open_source(configure(prepared.images)).files(SPLITS)
     )
     write_images(images / "unlabeled-more.parquet", pngs(5, 9000))
     after = content(run(store, configure(images)))
-    kept = [name for name in before if name.split("/")[1] != "unlabeled"]
+    kept = [name for name in before if "unlabeled" not in name and name != "leaks.parquet"]
     assert kept
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     old_shards = {value for name, value in before.items() if name.startswith(("shards/unlabeled", "index/unlabeled"))}
@@ -288,7 +281,7 @@ def test_a_touched_or_moved_file_is_the_same_data(prepared: Prepared, images: Pa
     for path in images.iterdir():
         os.utime(path, (1, 1))
     here, there = configure(prepared.images), configure(images)
-    assert fingerprint(open_source(there).files()) == fingerprint(open_source(here).files())
+    assert fingerprint(open_source(there).files(SPLITS)) == fingerprint(open_source(here).files(SPLITS))
     parts = prepared.store.paths("parts")
     assert run(prepared.store, there) == prepared.result
     assert prepared.store.paths("parts") == parts
@@ -296,9 +289,9 @@ def test_a_touched_or_moved_file_is_the_same_data(prepared: Prepared, images: Pa
 
 def test_changed_bytes_are_other_data(images: Path) -> None:
     config = configure(images)
-    identity = fingerprint(open_source(config).files())
+    identity = fingerprint(open_source(config).files(SPLITS))
     write_images(images / "unlabeled.parquet", pngs(30, 9000))
-    assert fingerprint(open_source(config).files()) != identity
+    assert fingerprint(open_source(config).files(SPLITS)) != identity
 
 
 def test_three_processes_make_the_same_bytes_as_one(prepared: Prepared, store: Store) -> None:
@@ -326,8 +319,10 @@ def test_labeled_images_are_shuffled_over_all_shards_and_files(store: Store, ima
         assert np.bincount(labels, minlength=3).min() >= 3
         longest = max(len(list(block)) for _, block in groupby(labels))
         assert longest <= 8, f"a block of {longest} images of one class"
-    own, other = (plan_shards(c, open_source(c).files())[0] for c in (configure(images), configure(images, seed=1)))
-    assert own.pieces != other.pieces, "the seed chooses the order"
+    other = run(store, configure(images, shard_images=30, seed=1))
+    assert {f.sha256 for f in other.files if f.name.startswith("shards/labeled")}.isdisjoint(
+        {f.sha256 for f in shard_files(manifest, "labeled")}
+    ), "the seed chooses the order"
 
 
 def test_unlabeled_images_stay_in_the_order_of_their_files(prepared: Prepared) -> None:
@@ -335,16 +330,33 @@ def test_unlabeled_images_stay_in_the_order_of_their_files(prepared: Prepared) -
     assert keys == [f"unlabeled-{n:08d}" for n in range(30)]
 
 
-def test_each_row_is_in_one_shard_and_each_file_is_read_front_to_back(images: Path) -> None:
+def test_each_row_is_in_one_stretch_of_a_shards_size(images: Path) -> None:
     config = configure(images, shard_images=7)
-    plans = plan_shards(config, open_source(config).files())
+    stretches = plan_stretches(config, open_source(config).files(SPLITS))
     for split, count in zip(SPLITS, (24, 6, 6, 30), strict=True):
-        own = [plan for plan in plans if plan.split == split]
-        assert sorted(row for plan in own for _, rows in plan.pieces for row in rows) == list(range(count))
-        assert max(plan.num_images for plan in own) <= 7
-    # shuffled rows would read a row group again for almost every image
-    assert all(list(rows) == sorted(rows) for plan in plans for _, rows in plan.pieces)
-    assert len({plan.part_key() for plan in plans}) == len(plans)
+        own = [stretch for stretch in stretches if stretch.file.split == split]
+        assert [row for stretch in own for row in range(stretch.first, stretch.last)] == list(range(count))
+        assert max(stretch.num_images for stretch in own) <= 7
+    assert len({stretch.part_key() for stretch in stretches}) == len(stretches)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9000)), max_size=12), st.integers(1, 30), st.integers(1, 3000)
+)
+def test_cuts_leave_no_row_out_and_keep_both_limits(
+    blocks: list[tuple[int, int]], most_rows: int, most_bytes: int
+) -> None:
+    cuts = cut_rows(blocks, most_rows, most_bytes)
+    means = [size / rows for rows, size in blocks if rows for _ in range(rows)]
+    assert cuts[0] == 0
+    assert list(cuts) == sorted(set(cuts))
+    ends = (*cuts[1:], len(means))
+    for first, last in zip(cuts, ends, strict=True):
+        assert last - first <= most_rows
+        assert last - first <= 1 or sum(means[first:last]) <= most_bytes * 1.000001
+    for first, last in pairwise(cuts):
+        full = last - first == most_rows or sum(means[first : last + 1]) > most_bytes * 0.999999
+        assert full, "a shard was closed before it was full"
 
 
 def test_one_file_in_two_splits_makes_a_shuffled_and_a_plain_shard(store: Store, images: Path) -> None:
@@ -355,60 +367,60 @@ def test_one_file_in_two_splits_makes_a_shuffled_and_a_plain_shard(store: Store,
     assert val != labeled
 
 
-@given(st.permutations(range(20)), st.integers(1, 20))
-def test_rows_are_read_in_the_order_asked_for_across_row_groups(
-    images_of_20: ParquetSource, order: list[int], count: int
-) -> None:
-    file = images_of_20.files()[0]
-    found = [raw.data for raw in images_of_20.read(file, order[:count])]
-    assert found == [png(row) for row in order[:count]]
+@given(st.integers(0, 19), st.integers(1, 20))
+def test_a_stretch_is_read_across_row_groups(images_of_20: tuple[Source, SourceFile], first: int, count: int) -> None:
+    source, file = images_of_20
+    last = min(20, first + count)
+    assert [(raw.data, raw.label) for raw in source.read(file, first, last)] == [
+        (png(n), n % 2) for n in range(first, last)
+    ]
 
 
 @pytest.fixture(scope="module")
-def images_of_20(tmp_path_factory: pytest.TempPathFactory) -> ParquetSource:
+def images_of_20(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, SourceFile]:
     """20 images in row groups of 7."""
     root = tmp_path_factory.mktemp("rows")
-    path = write_images(root / "all.parquet", pngs(20), [0] * 20)
+    path = write_images(root / "all.parquet", pngs(20), [n % 2 for n in range(20)])
     assert pq.ParquetFile(path).num_row_groups == 3
-    return ParquetSource(str(root), dict.fromkeys(SPLITS, "all.parquet"))
+    source = open_source(DataConfig(root=str(root), labeled="all.parquet"))
+    return source, source.files(["labeled"])[0]
 
 
 def test_digits_have_the_same_images_each_time_and_share_none_between_splits() -> None:
     config = DigitsConfig(labeled_per_class=3, num_val=20, num_test=30, num_out_of_domain=40)
-    first, second = DigitsSource(config), DigitsSource(config)
-    files = first.files()
-    assert files == second.files()
+    first, second = DigitsSource(config, 1000), DigitsSource(config, 1000)
+    files = first.files(SPLITS)
+    assert files == second.files(SPLITS)
     assert {file.split: file.rows for file in files} == {"labeled": 30, "val": 20, "test": 30, "unlabeled": 4960}
     labeled = next(file for file in files if file.split == "labeled")
     assert np.bincount(first.labels(labeled)).tolist() == [3] * 10
-    paths = [raw.path for file in files for raw in first.read(file, range(min(file.rows, 100)))]
+    paths = [raw.path for file in files for raw in first.read(file, 0, min(file.rows, 100))]
     assert len(set(paths)) == len(paths)
-    some = [5, 0, 29]
     digests = [
-        [hashlib.sha256(raw.data).hexdigest() for raw in source.read(labeled, some)] for source in (first, second)
+        [hashlib.sha256(raw.data).hexdigest() for raw in source.read(labeled, 5, 30)] for source in (first, second)
     ]
     assert digests[0] == digests[1]
-    other = DigitsSource(DigitsConfig(labeled_per_class=3, num_val=20, num_test=30, num_out_of_domain=40, seed=1))
-    assert fingerprint(other.files()) != fingerprint(files)
+    other = DigitsSource(DigitsConfig(labeled_per_class=3, num_val=20, num_test=30, num_out_of_domain=40, seed=1), 1000)
+    assert fingerprint(other.files(SPLITS)) != fingerprint(files)
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])
 def test_a_file_of_a_bucket_that_changes_during_a_run_is_noticed(
     s3: str, images: Path, tmp_path: Path, change: str
 ) -> None:
-    """Each worker lists the bucket again: what it reads must be what the key was made from."""
+    """What a worker reads must be what the key was made from."""
     bucket = Store(f"{s3}/images")
     for path in images.iterdir():
         bucket._backend.replace(path.name, path.read_bytes())
-    config = PrepareConfig(root=bucket.url, shard_images=10)
-    planned = open_source(config).files()
+    config = DataConfig(root=bucket.url, shard_images=10)
+    planned = open_source(config).files(SPLITS)
     unlabeled = next(file for file in planned if file.split == "unlabeled")
-    assert len(list(open_source(config).read(unlabeled, [0, 1]))) == 2
     if change == "removed":
         bucket.delete("unlabeled.parquet")
         bucket._backend.replace("unlabeled-2.parquet", (images / "val.parquet").read_bytes())
     else:
         write_images(images / "unlabeled.parquet", pngs(30, 77))
         bucket._backend.replace("unlabeled.parquet", (images / "unlabeled.parquet").read_bytes())
-    with pytest.raises(UserError, match=r"unlabeled\.parquet was replaced or removed since it was listed; run again"):
-        list(open_source(config).read(unlabeled, [0, 1]))
+    expected = "was replaced while" if change == "replaced" else "is missing"
+    with pytest.raises(StoreError, match=rf"unlabeled\.parquet.* {expected}"):
+        list(open_source(config).read(unlabeled, 0, 2))

@@ -83,7 +83,7 @@ class RunBuilder:
                 samples = [ShardSample(image_key(n), {"png": data}) for n, data in zip(numbers, images, strict=True)]
                 places = write_tar(folder / "shard.tar", samples)
                 rows = [
-                    (image_key(n), *place["png"], hashlib.sha256(data).hexdigest(), -1, 8, 8, f'photos/"{n}".png')
+                    (image_key(n), *place["png"], hashlib.sha256(data).hexdigest(), -1, 8, 8, 0, f'photos/"{n}".png')
                     for n, data, place in zip(numbers, images, places, strict=True)
                 ]
                 index = pa.Table.from_pylist(
@@ -95,8 +95,9 @@ class RunBuilder:
             shard = part.file("shard.tar").model_copy(update={"name": f"shards/unlabeled/{number:05d}.tar"})
             entries += [shard, part.file("index.parquet").model_copy(update={"name": index_name(shard)})]
         counts = {split: {"images": 40, "rejected": 0} for split in ("labeled", "val", "test")}
-        counts["unlabeled"] = {"images": NUM_UNLABELED, "rejected": 1234}
-        self.add("prepare", "dataset", {}, counts, entries=tuple(entries))
+        self.add("prepare", "dataset", {}, counts)
+        own = {"unlabeled": {"images": NUM_UNLABELED, "rejected": 1234}}
+        self.add("unlabeled", "dataset", {}, own, {"data": "prepare"}, entries=tuple(entries))
 
     def add_model(self, name: str, top1: float, top5: float | None = None, roles: dict[str, str] | None = None) -> None:
         """A model with its history, and its evaluation."""
@@ -147,7 +148,7 @@ class RunBuilder:
             "mean_confidence": float(table["confidence"].to_numpy().mean()),
             "confidence_histogram": counts.tolist(),
         }
-        roles = {"data": "prepare", "model": model}
+        roles = {"data": "unlabeled", "model": model}
         self.add(f"{iteration}/label", "labels", {"predictions/unlabeled/00000.parquet": table}, metrics, roles)
 
     def add_selection(self, iteration: int, settings: dict[str, Any]) -> None:
@@ -156,7 +157,7 @@ class RunBuilder:
             config = SelectConfig.model_validate(settings)
             files, metrics = make_plan(Predictions(self.store, labels, folder), config)
             decisions = pq.read_table(files["decisions.parquet"][0])
-        roles = {"data": "prepare", "labels": f"{iteration}/label"}
+        roles = {"data": "unlabeled", "labels": f"{iteration}/label"}
         self.add(f"{iteration}/select", "selection", {"decisions.parquet": decisions}, metrics, roles, settings)
 
     def decisions(self, iteration: int) -> list[dict[str, Any]]:

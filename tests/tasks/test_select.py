@@ -17,10 +17,10 @@ from storage.errors import StoreError, UserError
 from storage.objects import Store
 from storage.shards import ShardReader, read_index, read_table, shard_files, write_parquet
 from tasks.contract import StageContext, StageResult
-from tasks.prepare import PrepareConfig, prepare
 from tasks.select import select
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
+from tests.datasets import prepare_all
 from tests.real_images import write_splits
 from tests.tasks.selection.predicted import NAMES, Row, expected_fates
 
@@ -53,8 +53,7 @@ class Labeled:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(str(folder / "store label=7 [x]"))
-        config = PrepareConfig(root=str(write_splits(folder / "images")), shard_images=10)
-        result = prepare(self.context("d1"), config, {})
+        result = prepare_all(self.context("d1"), write_splits(folder / "images"), shard_images=10)
         self.data = self.commit("dataset", "d1", "prepare", {}, result.files, result.metrics)
         self.rows: dict[str, Row] = {}
         self.labels = self.commit(

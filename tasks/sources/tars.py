@@ -1,0 +1,139 @@
+"""WebDataset tars: members with one name up to the first dot are one sample, as webdataset and img2dataset write them.
+
+Read through in one pass; nothing is ever unpacked to a path, so a member's name can do no harm.
+"""
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from storage.errors import UserError
+from storage.external import ExternalFile, ExternalFolder
+from storage.images import MAX_BYTES
+from tasks.sources import UNKNOWN_ROWS, RawImage, SourceFile
+
+NAME = re.compile(r"^((?:.*/)?[^./][^.]*)\.([^/]+)$", re.DOTALL)  # of a sample, and what tells its members apart
+IMAGE_MEMBERS = frozenset(
+    ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "img"]
+)
+LABEL_MEMBER = "cls"
+MAX_LABEL_BYTES = 64
+BUFFER_BYTES = 1 << 20
+
+
+class TarFiles:
+    """The tars of one folder or bucket. Each is a shard; its length is known once it was read."""
+
+    def __init__(self, folder: ExternalFolder) -> None:
+        self._folder = folder
+        self._digests: dict[str, str] = {}
+
+    def describe(self, split: str, files: Sequence[ExternalFile]) -> list[SourceFile]:
+        """The tars, without opening them."""
+        return [
+            SourceFile(split=split, name=file.name, bytes=file.bytes, sha256=sha256, rows=UNKNOWN_ROWS)
+            for file, sha256 in zip(files, self._folder.fingerprints(files), strict=True)
+        ]
+
+    def read(self, file: SourceFile, first: int, last: int) -> Iterator[RawImage]:
+        """The samples in the tar's order. What follows the point where a tar is torn is told as a problem."""
+        samples = self._samples(file)
+        yield from islice(samples, first, None if last == UNKNOWN_ROWS else last)
+
+    def in_place(self, file: SourceFile) -> tuple[str, int, str] | None:
+        """Where the tar lies, and what it holds."""
+        sha256 = self._digests.get(file.name)
+        return (self._folder.url_of(file.name), file.bytes, sha256) if sha256 else None
+
+    def _samples(self, file: SourceFile) -> Iterator[RawImage]:
+        tag = file.sha256.removeprefix("etag:") if file.sha256.startswith("etag:") else ""
+        place = ExternalFile(name=file.name, bytes=file.bytes, tag=tag)
+        stream = _Hashing(self._folder.blocks(place))
+        name, image, label = "", None, None
+        for member in _members(stream, self._folder.url_of(file.name)):
+            if isinstance(member, str):
+                yield RawImage(b"", file.name, problem=member)
+                break
+            info, data, sample, kind = member
+            if sample != name:
+                if image is not None or label is not None:
+                    yield _sample(name, image, label, file.split)
+                name, image, label = sample, None, None
+            if kind in IMAGE_MEMBERS and image is None:
+                problem = "" if info.size <= MAX_BYTES else f"too large: {info.size:,} bytes, limit {MAX_BYTES:,}"
+                image = RawImage(data, info.name, offset=info.offset_data, problem=problem)
+            elif kind == LABEL_MEMBER:
+                label = data
+            elif image is None and label is None:
+                label = b""  # a sample without an image is told, not passed over
+        if image is not None or label is not None:
+            yield _sample(name, image, label, file.split)
+        sha256 = stream.finish()
+        if not tag and sha256 != file.sha256:
+            raise UserError(f"{self._folder.url_of(file.name)} was replaced since it was listed; run again")
+        self._digests[file.name] = sha256
+
+
+def _members(stream: "_Hashing", url: str) -> Iterator[tuple[tarfile.TarInfo, bytes, str, str] | str]:
+    """The files of a tar with their bytes (those of images and labels), sample and kind; at the end, why it is torn."""
+    try:
+        tar = tarfile.open(fileobj=stream, mode="r|", bufsize=BUFFER_BYTES)  # noqa: SIM115
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{url} is no tar that can be read ({error}); compressed tars must be unpacked first"
+        ) from error
+    try:
+        for info in tar:
+            found = NAME.match(info.name) if info.isreg() and not info.issparse() else None
+            if found is None:
+                continue
+            kind = found[2].lower()
+            most = MAX_BYTES if kind in IMAGE_MEMBERS else MAX_LABEL_BYTES
+            wanted = (kind in IMAGE_MEMBERS or kind == LABEL_MEMBER) and info.size <= most
+            content = tar.extractfile(info) if wanted else None
+            data = content.read() if content else b""
+            if wanted and len(data) != info.size:
+                raise tarfile.ReadError("unexpected end of data")
+            yield info, data, found[1], kind
+    except (tarfile.TarError, EOFError) as error:
+        yield f"the tar is torn: {error}"
+
+
+def _sample(name: str, image: RawImage | None, label: bytes | None, split: str) -> RawImage:
+    if image is None:
+        return RawImage(b"", name, problem="no image among its members")
+    if split != "unlabeled" and not image.problem:
+        text = (label or b"").strip()
+        if text.isdigit():
+            image.label = int(text)
+        else:
+            image.problem = f"its label is {text[:20]!r}, not a number" if text else f"no label (.{LABEL_MEMBER})"
+    return image
+
+
+class _Hashing(io.RawIOBase):
+    """A stream of blocks for tarfile, hashed as it passes."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._rest, self._hash = blocks, memoryview(b""), hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if not self._rest:
+            block = next(self._blocks, b"")
+            self._hash.update(block)
+            self._rest = memoryview(block)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+    def finish(self) -> str:
+        """The sha256 of all blocks, those too that nobody read."""
+        for block in self._blocks:
+            self._hash.update(block)
+        return self._hash.hexdigest()

@@ -1,0 +1,316 @@
+import io
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from models.compute import ComputeConfig, Engine, LocalEngine
+from storage.artifacts import Manifest, check_files, commit
+from storage.errors import DamagedObject, StoreError, UserError
+from storage.objects import Store
+from storage.shards import ShardReader, read_index, read_table, shard_files
+from storage.verify import verify_artifact
+from tasks.contract import StageContext, StageResult
+from tasks.unlabeled import count_duplicates
+from tests.broken_images import broken_images, odd_images
+from tests.datasets import HereEngine, prepare_all
+from tests.real_images import encoded, jpeg, picture, png, pngs, write_images, write_splits
+
+
+def photograph(seed: int, side: int = 96) -> Image.Image:
+    """A picture with detail of its own at every scale: two of them are never alike."""
+    rng, pixels = np.random.default_rng(seed), np.zeros((side, side, 3))
+    for cells in (3, 6, 12, 24):
+        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        pixels += np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), float) / 4
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def run(store: Store, root: Path | str, engine: Engine | None = None, **fields: Any) -> StageResult:
+    compute = ComputeConfig(processes=2, task_images=1)
+    context = StageContext(store, "u1", engine or HereEngine(), compute)
+    return prepare_all(context, root, **{"shard_images": 10, **fields})
+
+
+def committed(store: Store, result: StageResult) -> Manifest:
+    return commit(
+        store,
+        Manifest(
+            kind="dataset",
+            key="u1",
+            stage="unlabeled",
+            stage_version=1,
+            config={},
+            inputs={},
+            files=result.files,
+            metrics=result.metrics,
+        ),
+    )
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_splits(tmp_path / "images")
+
+
+@pytest.fixture
+def leaky(tmp_path: Path) -> Path:
+    """Photographs; of the test images 0..3 leaked unchanged, smaller, as a bright JPEG and mirrored, one of validation too."""
+    root = tmp_path / "images"
+    root.mkdir()
+    labels = [n % 3 for n in range(24)]
+    for at, split in enumerate(("labeled", "val", "test")):
+        write_images(root / f"{split}.parquet", [encoded(photograph(1000 * at + n)) for n in range(24)], labels, "abc")
+    bright = photograph(2002).point(lambda value: min(255, int(value * 1.2)))
+    leaks = [
+        encoded(photograph(2000)),
+        encoded(photograph(2001).resize((64, 64))),
+        encoded(bright, "JPEG", quality=60),
+        encoded(photograph(2003).transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+        encoded(photograph(1005), "WEBP"),
+    ]
+    write_images(root / "unlabeled.parquet", [*[encoded(photograph(9000 + n)) for n in range(25)], *leaks])
+    return root
+
+
+def test_evaluation_images_among_the_unlabeled_ones_are_left_out_and_told(store: Store, leaky: Path) -> None:
+    manifest = committed(store, run(store, leaky))
+    leaks = read_table(store, manifest.file("leaks.parquet")).to_pylist()
+    assert [(row["key"], row["evaluation_key"], row["kind"]) for row in leaks] == [
+        ("unlabeled-00000025", "test/test-00000000", "exact"),
+        ("unlabeled-00000026", "test/test-00000001", "near"),
+        ("unlabeled-00000027", "test/test-00000002", "near"),
+        ("unlabeled-00000028", "test/test-00000003", "mirrored"),
+        ("unlabeled-00000029", "val/val-00000005", "near"),
+    ]
+    assert leaks[0]["distance"] == 0
+    assert leaks[0]["source"] == "unlabeled.parquet:25.png"
+    keys = read_index(store, manifest, "unlabeled", ["key"])["key"].to_pylist()
+    assert keys == [f"unlabeled-{n:08d}" for n in range(25)]
+    assert [shard.rows for shard in shard_files(manifest, "unlabeled")] == [10, 10, 5]
+    assert manifest.metrics["unlabeled"] == {"images": 25, "rejected": 0, "leaked": 5, "duplicates": 0}
+    assert manifest.metrics["leaks"] == {"exact": 1, "mirrored": 1, "near": 3}
+
+
+def test_the_guard_can_be_switched_off_and_told_to_spare_mirror_images(store: Store, leaky: Path) -> None:
+    assert run(store, leaky, leaks={"enabled": False}).metrics["unlabeled"]["images"] == 30
+    assert run(store, leaky, leaks={"mirrored": False}).metrics["leaks"] == {"exact": 1, "near": 3}
+
+
+def test_another_guard_makes_no_shard_anew(store: Store, leaky: Path) -> None:
+    run(store, leaky)
+    before = set(store.paths("parts/ingest"))
+    write_images(leaky / "val.parquet", [encoded(photograph(9000 + n)) for n in range(24)], [n % 3 for n in range(24)])
+    after = run(store, leaky)
+    assert after.metrics["leaks"] == {"exact": 25, "mirrored": 1, "near": 2}
+    assert after.metrics["unlabeled"]["images"] == 2
+    made = set(store.paths("parts/ingest")) - before
+    assert len({path.split("/")[2] for path in made}) == 3, "the three shards of val and no other"
+
+
+def test_two_processes_guard_as_one(store: Store, tmp_path: Path, leaky: Path) -> None:
+    both = run(Store(str(tmp_path / "other")), leaky, LocalEngine(ComputeConfig(processes=2)))
+    assert both == run(store, leaky)
+
+
+def test_exact_duplicates_are_counted_and_kept(store: Store, images: Path) -> None:
+    write_images(images / "unlabeled.parquet", [*pngs(12, 5000), png(5001), png(5001), png(5002)])
+    write_images(images / "unlabeled-more.parquet", [png(5003), png(7)])
+    result = run(store, images, leaks={"enabled": False})
+    assert result.metrics["unlabeled"] == {"images": 17, "rejected": 0, "leaked": 0, "duplicates": 4}
+    assert count_duplicates(store, [f for f in result.files if f.name.startswith("index/val")]) == 0
+
+
+def samples(first: int, count: int) -> list[tuple[str, bytes]]:
+    """As img2dataset writes them: picture, caption and facts, with keys that begin again in each tar."""
+    members = []
+    for n in range(count):
+        facts = {"caption": f"{n}", "url": "u", "width": 12, "height": 10}
+        members += [
+            (f"{n:09d}.jpg", jpeg(first + n)),
+            (f"{n:09d}.txt", b"a caption"),
+            (f"{n:09d}.json", json.dumps(facts).encode()),
+        ]
+    return members  # fmt: skip
+
+
+@pytest.fixture
+def crawl(images: Path) -> Path:
+    """An img2dataset folder beside the labeled files: tars, a Parquet of facts beside each, and its statistics."""
+    for number in range(2):
+        write_tar(images / f"crawl/{number:05d}.tar", samples(100 * number, 6))
+        pq.write_table(pa.table({"url": ["u"] * 6, "key": ["k"] * 6}), images / f"crawl/{number:05d}.parquet")
+        (images / f"crawl/{number:05d}_stats.json").write_text("{}")
+    return images
+
+
+def test_img2datasets_tars_are_registered_where_they_lie(store: Store, crawl: Path) -> None:
+    manifest = committed(store, run(store, crawl, unlabeled="crawl"))
+    rows = read_index(store, manifest, "unlabeled").to_pylist()
+    assert [row["key"] for row in rows] == [f"crawl_0000{t}-{digest}-{n:08d}" for t, digest in enumerate(prefixes(rows)) for n in range(6)]  # fmt: skip
+    assert rows[7]["source"] == "crawl/00001.tar:000000001.jpg"
+    assert [shard.path for shard in shard_files(manifest, "unlabeled")] == [
+        (crawl / f"crawl/{n:05d}.tar").as_uri() for n in range(2)
+    ]
+    reader = ShardReader(store, shard_files(manifest, "unlabeled"))
+    for number, row in enumerate(rows):
+        data = reader.read(row["shard"], row["offset"], row["bytes"], row["sha256"])
+        assert data == jpeg(100 * (number // 6) + number % 6)
+    places = [(row["offset"], row["bytes"], row["sha256"]) for row in rows[:6]]
+    assert list(reader.stream(rows[0]["shard"], places)) == [jpeg(n) for n in range(6)]
+    check_files(store, manifest.files)
+    assert verify_artifact(store, manifest).problems == []
+
+
+def prefixes(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["key"].split("-")[-2] for row in rows))
+
+
+def test_not_one_image_byte_of_a_registered_tar_is_copied(store: Store, crawl: Path) -> None:
+    run(store, crawl, unlabeled="crawl")
+    stored = b"".join(store.read_bytes(path) for path in store.paths("parts") if path.endswith(".tar"))
+    assert jpeg(3) not in stored
+    copied = Store(store.url + "-copied")
+    run(copied, crawl, unlabeled="crawl", in_place=False)
+    stored = b"".join(copied.read_bytes(path) for path in copied.paths("parts") if path.endswith(".tar"))
+    assert jpeg(3) in stored
+
+
+def test_a_registered_tar_that_changed_or_vanished_is_named(store: Store, crawl: Path) -> None:
+    manifest = committed(store, run(store, crawl, unlabeled="crawl"))
+    (row, *_) = read_index(store, manifest, "unlabeled").to_pylist()
+    tar = crawl / "crawl/00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[row["offset"] + 5] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(DamagedObject, match=r"crawl/00000\.tar is damaged"):
+        ShardReader(store, shard_files(manifest, "unlabeled")).read(
+            row["shard"], row["offset"], row["bytes"], row["sha256"]
+        )
+    (problem,) = verify_artifact(store, manifest).problems
+    assert problem.path == tar.as_uri()
+    tar.unlink()
+    with pytest.raises(StoreError, match=r"crawl/00000\.tar is missing"):
+        check_files(store, manifest.files)
+
+
+def test_tars_in_a_bucket_are_registered_by_a_store_on_disk(s3: str, tmp_path: Path, crawl: Path) -> None:
+    bucket = Store(f"{s3}/images")
+    for path in crawl.rglob("*.*"):
+        bucket._backend.replace(path.relative_to(crawl).as_posix(), path.read_bytes())
+    here = Store(str(tmp_path / "store"))
+    manifest = committed(here, run(here, bucket.url, unlabeled="crawl/*.tar"))
+    assert [shard.path for shard in shard_files(manifest, "unlabeled")] == [f"{bucket.url}/crawl/0000{n}.tar" for n in range(2)]  # fmt: skip
+    rows = read_index(here, manifest, "unlabeled").to_pylist()
+    for whole in (True, False):
+        reader = ShardReader(here, shard_files(manifest, "unlabeled"), whole)
+        assert reader.read(*[rows[8][n] for n in ("shard", "offset", "bytes", "sha256")]) == jpeg(102)
+    assert verify_artifact(here, manifest).problems == []
+
+
+def test_hostile_and_odd_members_of_a_tar_do_no_harm(store: Store, images: Path, tmp_path: Path) -> None:
+    link = tarfile.TarInfo("link.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    path = write_tar(
+        images / "odd.tar",
+        [
+            ("../../escape.jpg", jpeg(1)),
+            ("/absolute.png", png(2)),
+            ("dir.with.dots/a.seg.png", png(3)),
+            ("dir.with.dots/b.JPG", jpeg(4)),
+            ("no-picture.txt", b"text"),
+            (".hidden.jpg", jpeg(5)),
+            ("twice.jpg", jpeg(6)),
+            ("twice.png", png(7)),
+            ("x" * 300 + ".png", png(8)),
+        ],
+    )
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link)
+    before = sorted(tmp_path.rglob("*"))
+    manifest = committed(store, run(store, images, unlabeled="odd.tar", max_reject_fraction=0.5))
+    rows = read_index(store, manifest, "unlabeled").to_pylist()
+    assert [row["source"].rpartition(":")[2][:30] for row in rows] == [
+        "../../escape.jpg", "/absolute.png", "dir.with.dots/b.JPG", "twice.jpg", "x" * 30,
+    ]  # fmt: skip
+    assert all(set(row["key"]).isdisjoint("./ ") for row in rows)
+    rejects = read_table(store, manifest.file("rejects/unlabeled/00000.parquet")).to_pylist()
+    assert [r["reason"] for r in rejects] == ["no image among its members"] * 2
+    assert {p for p in tmp_path.rglob("*") if "store" not in p.parts} == {p for p in before if "store" not in p.parts}
+
+
+def test_what_is_whole_in_a_torn_tar_is_used_and_the_tear_is_told(store: Store, images: Path) -> None:
+    path = write_tar(images / "torn.tar", [(f"{n:03d}.png", encoded(picture(n, 60, 60))) for n in range(30)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    manifest = committed(store, run(store, images, unlabeled="torn.tar", max_reject_fraction=0.1))
+    assert 10 <= manifest.metrics["unlabeled"]["images"] < 30
+    (reject,) = read_table(store, manifest.file("rejects/unlabeled/00000.parquet")).to_pylist()
+    assert "the tar is torn" in reject["reason"]
+
+
+def test_what_is_no_tar_or_a_compressed_one_is_an_error_that_names_it(store: Store, images: Path) -> None:
+    (images / "text.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match=r"text\.tar is no tar that can be read"):
+        run(store, images, unlabeled="text.tar")
+    (images / "packed").mkdir()
+    with tarfile.open(images / "packed/a.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(UserError, match=r"packed/a\.tar\.gz is a compressed tar.*unpack it"):
+        run(store, images, unlabeled="packed")
+
+
+def test_labeled_tars_carry_their_labels(store: Store, images: Path) -> None:
+    members = [[(f"{n:03d}.png", png(n)), (f"{n:03d}.cls", str(n % 3).encode())] for n in range(40)]
+    members[7][1] = ("007.cls", b"cat")
+    members[8].pop()
+    write_tar(images / "labeled.tar", [member for sample in members for member in sample])
+    manifest = committed(store, run(store, images, labeled="labeled.tar", shard_images=15))
+    rows = read_index(store, manifest, "labeled").to_pylist()
+    assert {int(row["key"][-8:]): row["label"] for row in rows} == {n: n % 3 for n in range(40) if n not in (7, 8)}
+    assert [shard.rows for shard in shard_files(manifest, "labeled")] == [15, 15, 8]
+    rejects = read_table(store, manifest.file("rejects/labeled/00000.parquet")).to_pylist()
+    assert [row["reason"] for row in rejects] == ["its label is b'cat', not a number", "no label (.cls)"]
+    with pytest.raises(UserError, match=r"an image has label 2, outside the 2 classes 0\.\.1"):
+        run(store, images, labeled="labeled.tar", class_names=("a", "b"))
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar", "folder"])
+def test_a_run_goes_on_over_every_kind_of_broken_image(store: Store, images: Path, form: str) -> None:
+    broken, odd = broken_images(), odd_images()
+    mixed = [*[data for data, _ in broken.values()], *odd.values()]
+    if form == "parquet":
+        write_images(images / "unlabeled.parquet", mixed)
+    elif form == "tar":
+        write_tar(images / "unlabeled.tar", [(f"{n:03d}.jpg", data) for n, data in enumerate(mixed)])
+    else:
+        (images / "unlabeled").mkdir()
+        for n, data in enumerate(mixed):
+            (images / f"unlabeled/{n:03d}.jpg").write_bytes(data)
+    name = {"parquet": "unlabeled.parquet", "tar": "unlabeled.tar", "folder": "unlabeled"}[form]
+    with pytest.raises(UserError, match=rf"data\.unlabeled: {len(broken)} of {len(mixed)} images cannot be decoded"):
+        run(store, images, unlabeled=name)
+    manifest = committed(store, run(store, images, unlabeled=name, max_reject_fraction=0.7))
+    rejects = [row for f in manifest.files_under("rejects/unlabeled/") for row in read_table(store, f).to_pylist()]
+    assert len(rejects) == len(broken) >= 20
+    for row, (kind, (_, reason)) in zip(rejects, broken.items(), strict=True):
+        assert re.match(reason, row["reason"]), kind
+    assert manifest.metrics["unlabeled"]["images"] == len(odd)
