@@ -8,6 +8,7 @@ through images of one rank, their keys decide; these are ordered by DuckDB, whic
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,7 @@ class Limit:
     last_key: pa.Array
 
     @classmethod
-    def at(cls, rank: np.ndarray) -> "Limit":
+    def at(cls, rank: np.ndarray) -> Self:
         """A limit that goes by rank alone."""
         return cls(rank, pa.nulls(len(rank), pa.string()))
 
