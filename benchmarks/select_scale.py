@@ -213,9 +213,12 @@ def main() -> None:
             m: measure(Path(name) / "store", round(m * 1e6), options.certain, m in options.peer_millions)
             for m in options.millions
         }
-    rates = [found[m]["seconds"] / m for m in options.millions]
+    rates, cpu = ([found[m][clock] / m for m in options.millions] for clock in ("seconds", "cpu"))
     last = found[options.millions[-1]]
-    print(f"seconds a million rows, largest over smallest table: {rates[-1] / rates[0]:.2f}")
+    print(
+        f"seconds a million rows, largest over smallest table: {rates[-1] / rates[0]:.2f}; of CPU time "
+        f"{cpu[-1] / cpu[0]:.2f} (each process loads its libraries in 1 s)"
+    )
     within = last["seconds"] < MOST_S and last["peak_mb"] < MOST_MB and rates[-1] < MOST_BEND * rates[0]
     sys.exit(
         0 if within else f"not kept: {MOST_S:.0f} s, {MOST_MB:.0f} MB, and {MOST_BEND} times the smallest's time a row"

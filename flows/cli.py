@@ -106,16 +106,17 @@ def plan(
     scale: ScaleOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Print what a run would do and why, without doing anything.
+    """Print what a run would do and why, without doing anything; of a selection, what each class keeps, drops, duplicates.
 
     Example: nst plan digits select.min_confidence=0.5
     """
+    from flows.console import planned_selection
     from flows.plan import make_plan
 
     experiment = load_experiment(recipe, overrides or (), scale)
     rows = make_plan(resolve_run(experiment, recipe, Store(store), Rerun.parse(rerun)))
     if as_json:
-        print(json.dumps([row.__dict__ for row in rows], indent=1))
+        print(json.dumps([row.as_json() for row in rows], indent=1))
         return
     table = Table(box=None)
     for name in ("stage", "key", "", "why"):
@@ -124,6 +125,9 @@ def plan(
         style = "green" if row.status == "reused" else "yellow"
         table.add_row(row.name, row.key[:12], f"[{style}]{row.status}[/]", escape("; ".join(row.reasons)))
     console.print(table)
+    for row in rows:
+        if row.selection is not None:
+            console.print(planned_selection(row.name, row.selection), highlight=False)
     num_running = sum(row.status != "reused" for row in rows)
     console.print(
         f"{num_running} of {len(rows)} stages would run, {len(rows) - num_running} are reused", highlight=False

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,10 +20,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from flows.plan import PlannedSelection
+from tasks.selection.rules import DECISIONS
 from tasks.sources import SPLITS
 from tasks.stage import StageOutcome, StageRequest
 
 PLAIN_INTERVAL_S = 10.0
+EXTREME_CLASSES = 5  # of either kind, shown of a planned selection
+CLASS_COUNTS = ("available", "kept", "dropped", "duplicated", "copies")
 
 
 class Display(Protocol):
@@ -167,6 +172,33 @@ def results_table(records: list[dict[str, Any]], title: str) -> Table:
         counts = ["-" if record[name] is None else f"{record[name]:,}" for name in ("kept", "dropped", "duplicated")]
         table.add_row(record["ref"], *shares, gain, *counts)
     return table
+
+
+def planned_selection(name: str, planned: PlannedSelection) -> Group:
+    """What a selection will do: the sums, and the classes that lose and that repeat the most."""
+    if planned.problem:
+        return Group(f"{name} [red]will fail[/]: {escape(planned.problem)}")
+    classes = planned.classes
+    total = {field: sum(row[field] for row in classes) for field in (*CLASS_COUNTS, *DECISIONS)}
+    dropped = ", ".join(f"{total[d]:,} {d.replace('_', ' ')}" for d in DECISIONS if d != "kept" and total[d])
+    sums = (
+        f"{name} will keep {total['kept']:,} of {total['available']:,} images, drop {total['dropped']:,}"
+        f"{f' ({dropped})' if dropped else ''}, duplicate {total['duplicated']:,}: {total['copies']:,} in all; "
+        f"{sum(not row['kept'] for row in classes):,} of {len(classes):,} classes stay empty"
+    )
+    by_loss = sorted(classes, key=lambda row: (-row["dropped"], row["label"]))
+    by_repeats = sorted(classes, key=lambda row: (-row["duplicated"] / max(row["kept"], 1), row["label"]))
+    shown = list(classes)
+    if len(classes) > 2 * EXTREME_CLASSES:
+        lose, repeat = by_loss[:EXTREME_CLASSES], by_repeats[:EXTREME_CLASSES]
+        shown = [*lose, *(row for row in repeat if row not in lose)]
+    table = Table(box=None)
+    for column in ("class", *CLASS_COUNTS):
+        table.add_column(column, justify="left" if column == "class" else "right", no_wrap=True)
+    for row in shown:
+        table.add_row(escape(row["class_name"]), *(f"{row[field]:,}" for field in CLASS_COUNTS))
+    left_out = len(classes) - len(shown)
+    return Group(sums, table, *([f"and {left_out:,} classes between them (all: --json)"] if left_out else []))
 
 
 def _percent(value: float | None) -> str:

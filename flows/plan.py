@@ -1,6 +1,8 @@
 """`nst plan`: what a run would do, stage by stage, and why, without doing anything. Imports no torch and no Prefect."""
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,17 +11,37 @@ from flows.driver import Run
 from flows.graph import STAGES, Node
 from models.launch import code_state
 from storage.artifacts import SOURCE_ROLE, Manifest, find
+from storage.errors import UserError
 from storage.runs import NodeRecord, RunRecord, latest_run
+from tasks.selection.config import SelectConfig
+from tasks.selection.rules import count_classes
+from tasks.selection.scan import Predictions
+
+
+@dataclass(frozen=True)
+class PlannedSelection:
+    """What a selection will do, a dict a class (`ClassCounts.table`); or the problem that will end it."""
+
+    classes: tuple[dict[str, Any], ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One stage: its key, whether it is there (`reused`) or `will run`, and why."""
+    """One stage: its key, whether it is there (`reused`) or `will run`, and why.
+
+    A selection that will run has its counts, where the labels that it selects from are there.
+    """
 
     name: str
     key: str
     status: str
     reasons: tuple[str, ...]
+    selection: PlannedSelection | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as plain JSON values; without `selection` where it has none."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def make_plan(run: Run) -> list[PlanRow]:
@@ -36,8 +58,25 @@ def make_plan(run: Run) -> list[PlanRow]:
         if manifest is not None:
             rows.append(PlanRow(node.name, record.key, "reused", _notes(manifest)))
             continue
-        rows.append(PlanRow(node.name, record.key, "will run", _reasons(run, node, record, before, previous, changed)))
+        reasons = _reasons(run, node, record, before, previous, changed)
+        rows.append(PlanRow(node.name, record.key, "will run", reasons, _planned_selection(run, node)))
     return rows
+
+
+def _planned_selection(run: Run, node: Node) -> PlannedSelection | None:
+    """Read the predictions, as often as the selection will, and write nothing."""
+    if node.stage != "select":
+        return None
+    labels = find(run.store, "labels", run.records[node.inputs["labels"]].key)
+    if labels is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="nst-plan-") as scratch:
+        predictions = Predictions(run.store, labels, Path(scratch))
+        try:
+            counts = count_classes(predictions, SelectConfig.model_validate(node.config))
+        except UserError as error:
+            return PlannedSelection(problem=str(error))
+    return PlannedSelection(tuple(counts.table(predictions.class_names).to_pylist()))
 
 
 def _notes(manifest: Manifest) -> tuple[str, ...]:

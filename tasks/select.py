@@ -6,6 +6,7 @@ hash of seed and key: the selection is the same on every machine. `tasks/selecti
 """
 
 from collections.abc import Iterator
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,13 @@ def plan_selection(store: Store, key: str, config: SelectConfig, labels: Manifes
     if existing is not None:
         return existing
     with store.staging() as folder:
-        files, facts = make_plan(Predictions(store, labels), config, folder)
+        files, facts = make_plan(Predictions(store, labels, folder), config)
         return publish_part(store, STAGE, part_key, NO_NUMERICS, files, facts)
 
 
-def make_plan(
-    predictions: Predictions, config: SelectConfig, folder: Path
-) -> tuple[dict[str, tuple[Path, int]], dict[str, Any]]:
-    """Write the files of `plan_selection` into `folder`; returns them (name -> path, rows) and the facts."""
-    rules = find_rules(predictions, config, folder)
+def make_plan(predictions: Predictions, config: SelectConfig) -> tuple[dict[str, tuple[Path, int]], dict[str, Any]]:
+    """Write the files of `plan_selection` into the scratch folder; returns them (name -> path, rows) and the facts."""
+    folder, rules = predictions.scratch, find_rules(predictions, config)
     counts = ClassCounts.none(predictions.num_classes)
     at_most = config.images_per_class * predictions.num_classes if config.balance else predictions.num_images
 
@@ -95,12 +94,14 @@ def make_plan(
 
         def decide(batch: Batch) -> tuple[Any, ...]:
             decisions, copies = rules.decide(batch)
-            return batch.labels, decisions, copies, shuffle.split(*draw_copies(batch, copies, config.seed))
+            pieces = starmap(shuffle.split, draw_copies(batch, copies, config.seed))
+            return batch.labels, decisions, copies, chain([next(pieces)], pieces)  # the first is made here, in a thread
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for labels, decisions, copies, by_bucket in predictions.scan(decide):
+            for labels, decisions, copies, pieces in predictions.scan(decide):
                 counts.add(labels, decisions, copies)
-                shuffle.add(by_bucket)
+                for split in pieces:
+                    shuffle.add(split)
                 yield decisions_batch(decisions, copies)
 
         decisions = folder / DECISIONS_FILE

@@ -20,18 +20,25 @@ from tasks.selection.scan import Batch, in_order
 
 COPY_BITS = 24  # a copy is named by one number: the image's row among all, then 24 bits of copy number
 BUCKET_COPIES = 1 << 20
+PIECE_COPIES = 1 << 20
 MOST_BUCKETS = 256  # files open at once
 LAYOUT_COPIES = 1 << 20  # of a layout file, about
 
 
-def draw_copies(batch: Batch, copies: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The copies to write of these predictions: their draws and their names, both uint64 [sum of copies]."""
-    total = int(copies.sum())
-    rows = np.repeat(np.arange(len(batch)), copies)
-    number = (np.arange(total) - np.repeat(np.cumsum(copies) - copies, copies)).astype(np.uint64)
-    draws = splitmix64(draw(batch.key_hashes, seed, ORDER)[rows] + number)
-    images = (batch.first_image + rows).astype(np.uint64)
-    return draws, (images << np.uint64(COPY_BITS)) | number
+def draw_copies(batch: Batch, copies: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The copies to write of these predictions: their draws and their names, both uint64 [n], n <= PIECE_COPIES.
+
+    More than one piece where images have very many copies; at least one.
+    """
+    images = draw(batch.key_hashes, seed, ORDER)
+    ends = np.cumsum(copies, dtype=np.int64)
+    begins = ends - copies
+    for start in range(0, max(1, int(copies.sum(dtype=np.int64))), PIECE_COPIES):
+        stop = start + PIECE_COPIES
+        rows = np.repeat(np.arange(len(batch)), np.clip(ends, start, stop) - np.clip(begins, start, stop))
+        number = (np.arange(start, start + len(rows)) - begins[rows]).astype(np.uint64)
+        names = ((batch.first_image + rows).astype(np.uint64) << np.uint64(COPY_BITS)) | number
+        yield splitmix64(images[rows] + number), names
 
 
 def shards_of_file(shard_images: int) -> int:

@@ -6,7 +6,6 @@ decided in any order, in parallel, one row group at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -28,7 +27,7 @@ DECISIONS = (
 )
 KEPT, BELOW, ABOVE, OVER_CAP, NOT_DRAWN, NOT_IN_SUBSET = range(len(DECISIONS))
 GRID = (np.arange(101) / 100).astype(np.float32)  # of method reference's thresholds
-CONFIDENCE_SHIFT = np.uint64(RANK_BITS - 30)  # the bits of floats in [0, 1] fill 30
+CONFIDENCE_SHIFT = RANK_BITS - 30  # the bits of floats in [0, 1] fill 30
 
 
 @dataclass(frozen=True)
@@ -116,27 +115,28 @@ class Rules:
 def rank_images(
     labels: np.ndarray, confidences: np.ndarray, key_hashes: np.ndarray, by_confidence: np.ndarray, seed: int
 ) -> np.ndarray:
-    """The ranks that limits are in: falling confidence or chance, as the image's class says. uint64 [n] below 2^63."""
-    falling = (ONE_BITS - confidences.view(np.uint32)).astype(np.uint64) << CONFIDENCE_SHIFT
-    luck = draw(key_hashes, seed, LUCK) >> np.uint64(64 - RANK_BITS)
+    """The ranks that limits are in: falling confidence or chance, as the image's class says. int64 [n] in [0, 2^32)."""
+    falling = (ONE_BITS - confidences.view(np.uint32)).astype(np.int64) << CONFIDENCE_SHIFT
+    luck = (draw(key_hashes, seed, LUCK) >> np.uint64(64 - RANK_BITS)).astype(np.int64)
     return np.where(by_confidence[labels], falling, luck)
 
 
-def find_rules(predictions: Predictions, config: SelectConfig, scratch: Path) -> Rules:
-    """The rules by which these predictions are selected; `scratch` is a folder for what does not fit into memory.
+def find_rules(predictions: Predictions, config: SelectConfig) -> Rules:
+    """The rules by which these predictions are selected.
 
     Raises UserError where a class stays empty and `on_empty_class` is error, or where nothing passes the filter.
     """
     edges, steps = count_steps(predictions, config)
     least, passing = _filter(predictions.class_names, config, steps)
+    by_chance = np.zeros(len(passing), bool)  # no class by confidence
     if not config.balance:
-        return _rules(config, least, base=np.ones_like(passing))
+        return Rules(config, least, least, np.ones_like(passing), by_chance, Limit.at(np.zeros_like(passing)))
     cap = config.images_per_class
     if config.method == "reference":
         threshold, above = _grid_thresholds(edges, passing_steps(config, steps), cap)
         share = [((cap % number) << RANK_BITS) // number if number else 0 for number in above.tolist()]
-        limit = Limit(np.array(share, np.uint64), pa.nulls(len(share), pa.string()))
-        return _rules(config, least, base=_per_image(cap, above), threshold=threshold, limit=limit)
+        limit = Limit.at(np.array(share, np.int64))
+        return Rules(config, least, threshold, _per_image(cap, above), by_chance, limit)
     crowded = passing > cap
     base = np.where(crowded, 0, _per_image(cap, passing))
     wanted = np.where(passing > 0, cap - base * passing, 0)
@@ -149,11 +149,11 @@ def find_rules(predictions: Predictions, config: SelectConfig, scratch: Path) ->
         labels, confidences, key_hashes = (c[rows] for c in (batch.labels, batch.confidences, batch.key_hashes))
         return rows, labels, rank_images(labels, confidences, key_hashes, crowded, config.seed)
 
-    limit = find_limits(predictions, competitors, passing, wanted, scratch)
-    return _rules(config, least, base=base, by_confidence=crowded, limit=limit)
+    limit = find_limits(predictions, competitors, passing, wanted)
+    return Rules(config, least, least, base, crowded, limit)
 
 
-def count_classes(predictions: Predictions, config: SelectConfig, scratch: Path) -> ClassCounts:
+def count_classes(predictions: Predictions, config: SelectConfig) -> ClassCounts:
     """What a selection keeps, drops and duplicates, without making it. Raises UserError as `find_rules` does.
 
     One pass, unless chance decides a number: then as many as the selection itself makes.
@@ -169,7 +169,7 @@ def count_classes(predictions: Predictions, config: SelectConfig, scratch: Path)
             counts.decisions[:, ABOVE] = steps[:, -1]
         counts.decisions[:, BELOW] = steps.sum(axis=1) - counts.available
         return counts
-    rules = find_rules(predictions, config, scratch)
+    rules = find_rules(predictions, config)
     for labels, decisions, copies in predictions.scan(lambda batch: (batch.labels, *rules.decide(batch))):
         counts.add(labels, decisions, copies)
     return counts
@@ -228,24 +228,3 @@ def _grid_thresholds(edges: np.ndarray, steps: np.ndarray, cap: int) -> tuple[np
 def _per_image(cap: int, images: np.ndarray) -> np.ndarray:
     """Whole copies of each image that a class of so many can give all of them, int64 [classes]."""
     return np.where(images > 0, cap // np.maximum(images, 1), 0)
-
-
-def _rules(
-    config: SelectConfig,
-    least: np.ndarray,
-    *,
-    base: np.ndarray,
-    threshold: np.ndarray | None = None,
-    by_confidence: np.ndarray | None = None,
-    limit: Limit | None = None,
-) -> Rules:
-    """Rules with nothing above the filter but what is given."""
-    num = len(least)
-    return Rules(
-        config,
-        least,
-        least if threshold is None else threshold,
-        base,
-        np.zeros(num, bool) if by_confidence is None else by_confidence,
-        limit or Limit(np.zeros(num, np.uint64), pa.nulls(num, pa.string())),
-    )

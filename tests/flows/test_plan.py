@@ -1,19 +1,25 @@
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from flows.console import planned_selection
 from flows.driver import Rerun, Run, execute_node, find_node, resolve_run
-from flows.plan import PlanRow, make_plan
+from flows.plan import PlannedSelection, PlanRow, make_plan
 from storage.artifacts import Manifest, commit
 from storage.errors import UserError
 from storage.runs import record_run
+from tasks.selection.rules import DECISIONS
 from tests.flows.tiny import Project
 from tests.real_images import pngs, write_images
+from tests.tasks.selection.predicted import Row, publish_predictions
 
 HEAVY = ("torch", "torchvision", "timm", "prefect", "webdataset")
 COMMANDS = """
@@ -47,6 +53,7 @@ def finish(run: Run, *names: str, **provenance: Any) -> Run:
                 config=r.config,
                 inputs=r.inputs,
                 files=(),
+                metrics={"class_names": ["cat", "dog", "owl"]},
                 provenance=provenance,
             ),
         )
@@ -142,6 +149,63 @@ def test_new_changed_and_gone_files_are_named(project: Project) -> None:
         "file unlabeled: unlabeled-c.parquet is gone",
         "file unlabeled: unlabeled-b.parquet changed",
     )
+
+
+def label(run: Run, node: str, rows: list[Row]) -> None:
+    """Commit labels of these predictions as the stage `node`."""
+    record, labels = run.records[node], publish_predictions(run.store, [rows])
+    commit(run.store, labels.model_copy(update={"key": record.key}))
+
+
+def test_a_selection_is_counted_beforehand_and_nothing_is_written(project: Project, tmp_path: Path) -> None:
+    overrides = ("select.images_per_class=3", "select.min_confidence=0.5", "select.on_empty_class=skip")
+    run = project.resolve(*overrides)
+    label(run, "1/label", [(f"k{n}", n % 2, 0.4 + n / 20) for n in range(11)])
+    before = everything_below(tmp_path)
+    rows = plan(run)
+    assert everything_below(tmp_path) == before
+    assert rows["2/select"].selection is None, "its labels are not there"
+    planned = rows["1/select"].selection
+    assert planned is not None
+    assert not planned.problem
+    counts = [
+        [row[name] for name in ("class_name", "kept", "dropped", "duplicated", "copies")] for row in planned.classes
+    ]
+    assert counts == [["cat", 3, 3, 0, 3], ["dog", 3, 2, 0, 3], ["owl", 0, 0, 0, 0]]
+
+
+def test_a_class_that_would_stay_empty_is_named_before_the_run_and_fewer_images_are_duplicated(
+    project: Project,
+) -> None:
+    label(project.resolve(), "1/label", [("a", 0, 0.9), ("b", 1, 0.8)])
+    planned = plan(project.resolve())["1/select"].selection
+    assert planned is not None
+    assert planned.problem.startswith("class 2 (owl) has 0 images at confidence >= 0.30")
+    planned = plan(project.resolve("select.on_empty_class=skip"))["1/select"].selection
+    assert planned is not None
+    assert [row["duplicated"] for row in planned.classes] == [99, 99, 0]
+
+
+def test_of_many_classes_the_extreme_ones_are_printed() -> None:
+    names = ("available", "kept", "dropped", "duplicated", "copies", *DECISIONS)
+    classes = [
+        {
+            "label": n,
+            "class_name": f"class {n}",
+            **dict.fromkeys(names, 0),
+            "kept": 10,
+            "dropped": n,
+            "duplicated": (n * 7) % 90,
+        }
+        for n in range(90)
+    ]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(planned_selection("1/select", PlannedSelection(tuple(classes))))
+    printed = console.export_text()
+    shown = [int(number) for number in re.findall(r"^ *class (\d+)", printed, re.MULTILINE)]
+    assert shown[:5] == [89, 88, 87, 86, 85]
+    assert [(n * 7) % 90 for n in shown[5:]] == [89, 88, 87, 86, 85]
+    assert "and 80 classes between them" in printed
 
 
 def test_files_that_were_touched_or_moved_with_their_folder_change_nothing(project: Project, tmp_path: Path) -> None:

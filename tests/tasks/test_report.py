@@ -156,7 +156,7 @@ class RunBuilder:
         labels = self.inputs[f"{iteration}/label"]
         with self.store.staging() as folder:
             config = SelectConfig.model_validate(settings)
-            files, metrics = make_plan(Predictions(self.store, labels), config, folder)
+            files, metrics = make_plan(Predictions(self.store, labels, folder), config)
             decisions = pq.read_table(files["decisions.parquet"][0])
         roles = {"data": "unlabeled", "labels": f"{iteration}/label"}
         self.add(f"{iteration}/select", "selection", {"decisions.parquet": decisions}, metrics, roles, settings)

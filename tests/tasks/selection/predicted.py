@@ -52,7 +52,7 @@ def publish_predictions(store: Store, files: Sequence[Sequence[Row]], names: Seq
 def predicted(folder: Path, files: Sequence[Sequence[Row]], names: Sequence[str] = NAMES) -> Predictions:
     """The predictions of these files, in a store of their own."""
     store = Store(str(folder / "store"))
-    return Predictions(store, publish_predictions(store, files, names))
+    return Predictions(store, publish_predictions(store, files, names), folder)
 
 
 def splitmix(value: int) -> int:
@@ -70,8 +70,8 @@ def chance(key: str, seed: int, stream: int) -> int:
 
 
 def luck(key: str, seed: int) -> int:
-    """What decides over copies, below 2^63."""
-    return chance(key, seed, 1) >> 1
+    """What decides over copies, below 2^32."""
+    return chance(key, seed, 1) >> 32
 
 
 def expected_fates(rows: Sequence[Row], config: SelectConfig) -> dict[str, Fate]:
@@ -106,7 +106,7 @@ def _balanced(passing: list[tuple[str, np.float32]], config: SelectConfig) -> di
         fates = {key: ("over_cap", 0) for key, _ in passing}
         for key in above:
             whole, part = divmod(cap, len(above))
-            copies = whole + (luck(key, config.seed) < (part << 63) // len(above))
+            copies = whole + (luck(key, config.seed) < (part << 32) // len(above))
             fates[key] = ("kept", copies) if copies else ("not_drawn", 0)
         return fates
     ranked = [key for key, _ in sorted(passing, key=lambda image: (-image[1], image[0]))]

@@ -22,10 +22,11 @@ def shuffled(folder: Path, cuts: list[int], buckets: int, seed: int = 3) -> list
 
         def split(batch):
             own = COPIES[batch.first_image : batch.first_image + len(batch)]
-            return shuffle.split(*draw_copies(batch, own, seed))
+            return [shuffle.split(*piece) for piece in draw_copies(batch, own, seed)]
 
-        for by_bucket in predictions.scan(split):
-            shuffle.add(by_bucket)
+        for pieces in predictions.scan(split):
+            for by_bucket in pieces:
+                shuffle.add(by_bucket)
         files = shuffle.write(folder, shard_images=40)
     assert [rows for _, rows in files] == [total]
     table = pq.read_table(files[0][0])
@@ -58,8 +59,12 @@ def test_layout_files_hold_whole_shards_and_the_last_one_the_rest(tmp_path: Path
     per_file = layout.LAYOUT_COPIES // 3000 * 3000
     with Shuffle(tmp_path, 2_200_000) as shuffle:
         copies = np.full(len(ROWS), 4400)
-        for by_bucket in predictions.scan(lambda batch: shuffle.split(*draw_copies(batch, copies, 0))):
-            shuffle.add(by_bucket)
+        pieces = [
+            piece for found in predictions.scan(lambda batch: list(draw_copies(batch, copies, 0))) for piece in found
+        ]
+        assert [len(draws) for draws, _ in pieces] == [1 << 20, 1 << 20, 2_200_000 - (2 << 20)]
+        for piece in pieces:
+            shuffle.add(shuffle.split(*piece))
         files = shuffle.write(tmp_path, 3000)
     assert [rows for _, rows in files] == [per_file, per_file, 2_200_000 - 2 * per_file]
     images = np.concatenate([pq.read_table(path)["image"].to_numpy() for path, _ in files])

@@ -20,7 +20,7 @@ CONFIDENCES = [0.0, 0.375, 0.5, 0.59, 0.6, 0.7, 0.875, 1.0]  # few, so that ties
 def decided(folder: Path, files: Sequence[Sequence[Row]], config: SelectConfig) -> tuple[dict[str, Fate], ClassCounts]:
     """What the rules say of each key, and the counts."""
     predictions = predicted(folder, files)
-    rules, counts = find_rules(predictions, config, folder), ClassCounts.none(predictions.num_classes)
+    rules, counts = find_rules(predictions, config), ClassCounts.none(predictions.num_classes)
     fates: dict[str, Fate] = {}
     every = predictions.scan(lambda b: (b.keys(np.arange(len(b))).to_pylist(), b.labels, *rules.decide(b)))
     for keys, labels, decisions, copies in every:
@@ -80,7 +80,7 @@ def test_every_fate_and_count_is_that_of_the_rules_in_plain_python(
         except UserError:
             assert not {decision for decision, _ in expected.values()} - {"below_confidence", "above_confidence"}
             return
-        planned = count_classes(predicted(folder, cut(rows, num_files)), config, folder)
+        planned = count_classes(predicted(folder, cut(rows, num_files)), config)
     assert found == expected
     table = counts.table(NAMES).to_pylist()
     assert table == planned.table(NAMES).to_pylist()
@@ -194,21 +194,21 @@ def test_the_reference_threshold_is_the_highest_on_the_grid_that_leaves_enough(t
     predictions = predicted(tmp_path, [rows])
     for wanted, threshold in [(1, 0.95), (2, 0.9), (3, 0.89), (4, 0.5), (5, 0.35)]:
         config = SelectConfig(method="reference", min_confidence=0.35, images_per_class=wanted, on_empty_class="skip")
-        assert find_rules(predictions, config, tmp_path).thresholds()[0] == np.float32(threshold)
+        assert find_rules(predictions, config).thresholds()[0] == np.float32(threshold)
 
 
 def test_the_threshold_of_a_class_is_the_confidence_of_its_last_kept_image(tmp_path: Path) -> None:
     rows = [("a", 0, 0.9), ("b", 0, 0.8), ("c", 0, 0.8), ("d", 0, 0.7), ("x", 1, 0.6)]
     predictions = predicted(tmp_path, [rows])
     for cap, threshold in [(1, 0.9), (2, 0.8), (3, 0.8), (4, 0.3)]:
-        rules = find_rules(predictions, SelectConfig(images_per_class=cap, on_empty_class="skip"), tmp_path)
+        rules = find_rules(predictions, SelectConfig(images_per_class=cap, on_empty_class="skip"))
         assert rules.thresholds()[:2].tolist() == [float(np.float32(threshold)), float(np.float32(0.3))]
 
 
 def test_a_class_without_an_image_is_an_error_that_names_class_threshold_and_remedy(tmp_path: Path) -> None:
     predictions = predicted(tmp_path, [[("a", 0, 0.95), ("b", 1, 0.5)]])
     with pytest.raises(UserError) as error:
-        find_rules(predictions, SelectConfig(min_confidence=0.9, max_confidence=0.99), tmp_path)
+        find_rules(predictions, SelectConfig(min_confidence=0.9, max_confidence=0.99))
     assert "class 1 (dog) (and 1 more) has 0 images at confidence >= 0.90 and < 0.99" in str(error.value)
     assert "Lower select.min_confidence or set select.on_empty_class=skip" in str(error.value)
 
@@ -216,7 +216,7 @@ def test_a_class_without_an_image_is_an_error_that_names_class_threshold_and_rem
 def test_a_selection_of_nothing_is_an_error_even_where_classes_may_be_empty(tmp_path: Path) -> None:
     predictions = predicted(tmp_path, [[("a", 0, 0.95), ("b", 1, 0.5)]])
     with pytest.raises(UserError, match=r"class 0 \(cat\) \(and 2 more\) has 0 images"):
-        find_rules(predictions, SelectConfig(min_confidence=1.0, on_empty_class="skip"), tmp_path)
+        find_rules(predictions, SelectConfig(min_confidence=1.0, on_empty_class="skip"))
 
 
 def test_an_empty_class_takes_its_best_below_the_threshold_and_the_others_do_not_change(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_an_empty_class_takes_its_best_below_the_threshold_and_the_others_do_not
 def test_what_is_no_prediction_is_refused_by_file_and_row(tmp_path: Path, row: Row, words: str) -> None:
     predictions = predicted(tmp_path, [[("a", 0, 0.9), row]])
     with pytest.raises(StoreError, match="verify the artifact or label again") as error:
-        find_rules(predictions, SelectConfig(), tmp_path)
+        find_rules(predictions, SelectConfig())
     assert words in str(error.value)
 
 
