@@ -2,10 +2,10 @@
 
 Most of the error of a convolutional network in bfloat16 is not that of its activations but of its weights, above all of
 depthwise filters: nine numbers of 8 bits whose rounding shifts a whole channel, because their inputs (after ReLU or the
-like) share a sign. So batch norm is folded in float32, and weights are rounded such that the sum of each filter stays.
-EfficientNet-Lite0 with ImageNet weights, 400 views of 200 photographs, against float32: the class agrees on 98.5 % and
-the confidence errs by 0.0084 with weights rounded to nearest, on 100 % and by 0.0041 with the sums kept. (Nagel et al.,
-arXiv:1906.04721, section 4.2, measure that bias and correct it with data.)
+like) share a sign. So batch norm's scale is folded in float32, and weights are rounded such that the sum of each filter
+stays. EfficientNet-Lite0 with ImageNet weights, 200 photographs, mean error of the confidence against float32: 0.0090
+of a plain cast, 0.0055 prepared (compiled: 0.0120 and 0.0062, for the compiler folds the biases too). Nagel et al.,
+arXiv:1906.04721, section 4.2, measure that shift with data and correct it in the bias.
 """
 
 from collections import Counter
@@ -32,29 +32,28 @@ def prepare(model: nn.Module, image_size: int) -> nn.Module:
 
 @torch.no_grad()
 def fold_batch_norm(model: nn.Module, image_size: int) -> int:
-    """Fold each batch norm that alone follows a convolution into it, leaving an identity; returns how many.
+    """Fold the scale of each batch norm that follows a convolution into it, leaving one that adds a bias; returns how many.
 
-    Which follows which is seen in one forward pass. Where the result is not the same network, nothing is changed.
+    The bias stays there because autocast keeps that of a norm in float32, but not that of a convolution. Which follows which is seen in one forward pass. Where the result is not the same network, nothing is changed.
     """
     probe = torch.linspace(-2, 2, 3 * image_size**2).reshape(1, 3, image_size, image_size)
     pairs, before = _convolutions_before_norms(model, probe)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    without_bias = [convolution for convolution, _ in pairs if convolution.bias is None]
     for convolution, norm in pairs:
         mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None and variance is not None  # only such norms were paired
+        assert mean is not None  # only norms with statistics were paired
+        assert variance is not None
         scale = norm.weight / torch.sqrt(variance + norm.eps)
-        bias = torch.zeros_like(norm.bias) if convolution.bias is None else convolution.bias
-        convolution.bias = nn.Parameter(norm.bias + (bias - mean) * scale)
         convolution.weight.mul_(scale[:, None, None, None])
+        norm.bias.sub_(mean * scale)
+        if convolution.bias is not None:
+            norm.bias.add_(convolution.bias * scale)
+            convolution.bias.zero_()
         norm.weight.fill_(1.0)
-        norm.bias.zero_()
         mean.zero_()
         variance.fill_(1.0 - norm.eps)
     if (model(probe) - before).abs().max() <= FOLDING_TOLERANCE * before.abs().max():
         return len(pairs)
-    for convolution in without_bias:
-        convolution.bias = None
     model.load_state_dict(kept)
     return 0
 
@@ -69,15 +68,18 @@ def round_keeping_sums(weight: torch.Tensor) -> torch.Tensor:
     exact = weight.reshape(len(weight), -1).double()
     rounded = exact.to(torch.bfloat16).double()
     error = exact - rounded
-    _, exponent = torch.frexp(rounded)
-    step = torch.ldexp(torch.ones_like(rounded), exponent - 1 - MANTISSA_BITS)
     missing = error.sum(dim=1)
-    helps = error * missing.sign()[:, None] > 0
+    direction = missing.sign()
+    mantissa, exponent = torch.frexp(rounded)
+    towards_zero = rounded.sign() * direction[:, None] < 0
+    finer = (mantissa.abs() == 0.5) & towards_zero  # below a power of two the neighbor is half as far
+    step = torch.ldexp(torch.ones_like(rounded), exponent - 1 - MANTISSA_BITS - finer.int())
+    helps = error * direction[:, None] > 0
     closeness = torch.where(helps & (rounded != 0), error.abs() / step, 0.0)
     best = closeness.argsort(dim=1, descending=True, stable=True)[:, :MAX_FLIPS]
     for place in best.T:  # all filters at once
         column = place[:, None]
-        change = missing.sign() * step.gather(1, column)[:, 0]
+        change = direction * step.gather(1, column)[:, 0]
         useful = (closeness.gather(1, column)[:, 0] > 0) & ((missing - change).abs() < missing.abs())
         change = torch.where(useful, change, 0.0)
         rounded.scatter_add_(1, column, change[:, None])

@@ -5,6 +5,8 @@ are Pillow's own, bit for bit; the resized ones differ by at most 2 of 255 (the 
 torch round their fixed-point bicubic differently. tests/models/test_decode.py holds both.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from models.noise import center_offset, clean_sizes
 from storage.images import decode_rgb, open_image
 
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision are deprecated")
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
 
