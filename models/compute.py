@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import Field
@@ -28,8 +29,15 @@ class ComputeConfig(Config):
     threads: int = Field(0, ge=0, description="torch threads of each DDP rank; 0: cores / ranks")
     loader_workers: int = Field(1, ge=0, description="processes that decode and noise images, a rank")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    inference_batch: int = Field(64, ge=1, description="images of an inference batch; the last one is padded to it")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where labeling is long enough and the hardware computes in it, else float32"
+    )
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="torch.compile for labeling; auto: where the job is long enough to pay for it"
+    )
+    inference_batch: int = Field(
+        0, ge=0, description="images of an inference batch, the last one is padded to it; 0: 16, on a GPU 256"
+    )
     task_images: int = Field(2000, ge=1, description="images that are worth a process of their own, at least")
     shards_per_task: int = Field(16, ge=1, description="shards that one process takes at once, at most")
     checkpoint_steps: int = Field(500, ge=1, description="training steps between two checkpoints")
@@ -95,17 +103,23 @@ class LocalEngine:
         return self._config.processes or num_cores()
 
 
-def group_shards(images: Sequence[int], processes: int, config: ComputeConfig) -> list[range]:
+def group_shards(images: Sequence[int], processes: int, config: ComputeConfig, most: int | None = None) -> list[range]:
     """Cut a list of shards (their image counts) into consecutive groups, each one spec of `map`.
 
     As many groups as there are processes, but none for fewer than `task_images` images, because a process takes seconds
-    to start, and none with more than `shards_per_task` shards.
+    to start, and none with more than `most` shards (None: `shards_per_task`).
     """
     if not images:
         return []
     wanted = max(1, min(processes, sum(images) // config.task_images))
-    size = min(config.shards_per_task, -(-len(images) // wanted))
+    size = min(config.shards_per_task if most is None else most, -(-len(images) // wanted))
     return [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use, by their device files: without loading torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def num_cores() -> int:

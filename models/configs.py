@@ -77,6 +77,47 @@ class ScheduleConfig(Config):
     decay_epochs: float = Field(2.4, gt=0, description="epochs between two steps of the exponential decay")
 
 
+class ViewConfig(Config):
+    """One view of an image that a teacher labels: the clean view, at will mirrored or cut closer or wider."""
+
+    flip: bool = Field(False, description="mirror left-right")
+    crop_pct: float | None = Field(
+        None, gt=0, le=1, description="share of the shorter side that the center crop keeps; null: the model's own"
+    )
+
+
+class LabelConfig(Config):
+    """What is stored of a teacher's predictions.
+
+    Class and confidence, by which images are selected, are always those of the un-noised model at temperature 1; the
+    fields here say which probabilities a student learns from.
+    """
+
+    targets: Literal["soft", "hard"] = Field("soft", description="hard: all of the probability at the likeliest class")
+    temperature: float = Field(1.0, gt=0, description="of the stored probabilities: softmax(logits / temperature)")
+    top_k: int = Field(0, ge=0, description="store the k likeliest classes only; what is missing is spread evenly")
+    views: tuple[ViewConfig, ...] = Field(
+        (ViewConfig(),), min_length=1, description="views whose probabilities are averaged (data distillation)"
+    )
+    noised: bool = Field(
+        False,
+        description="the teacher keeps the noise of its training (the paper's ablation): input, dropout, drop path",
+    )
+    seed: int = Field(0, ge=0, description="of the noise of noised=true")
+
+    @model_validator(mode="after")
+    def _fit(self) -> "LabelConfig":
+        if self.targets == "hard" and (self.top_k or self.temperature != 1.0):
+            raise ValueError("hard targets are one class: remove top_k and temperature, or set targets=soft")
+        if self.noised and len(self.views) > 1:
+            raise ValueError("a noised teacher sees one noised view: remove views, or set noised=false")
+        if self.seed and not self.noised:
+            raise ValueError(f"seed={self.seed} seeds the noise of noised=true alone; remove it")
+        if len(set(self.views)) < len(self.views):
+            raise ValueError("a view stands twice in views; remove one")
+        return self
+
+
 STUDENT_ONLY = ("batch_ratio", "unlabeled_noise", "pseudo_labels", "temperature", "loss", "allow_smaller")
 
 

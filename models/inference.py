@@ -1,103 +1,212 @@
-"""Labeling: an un-noised network over whole shards, one Parquet part a shard. For pseudo labels and for evaluation."""
+"""Labeling: un-noised networks over whole shards, two Parquet files a shard. For pseudo labels and for evaluation."""
 
-import tempfile
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
-from models.loader import IndexedImages, clean_batch, normalize
-from models.predictions import PREDICTIONS_FILE, PROBABILITIES_FILE, predictions_table, probabilities_table
+from models.classifier import Classifier, NoisedClassifier, keep_freed_memory, load_model
+from models.configs import LabelConfig
+from models.decode import clean_pixels, decode_pixels
+from models.loader import IndexedImages, normalize
+from models.predictions import (
+    PREDICTIONS_FILE,
+    PROBABILITIES_FILE,
+    key_hashes,
+    predictions_table,
+    probabilities_table,
+)
 from models.worker import Stopped, Worker
-from models.zoo import load_folder, materialize
 from storage.artifacts import find_part, get, publish_part
 from storage.errors import StoreError
+from storage.images import ImageError, decode_rgb
+from storage.keys import digest
 from storage.objects import Store
 from storage.shards import write_parquet
+
+READ_AHEAD = 4  # images that are being decoded, a thread, while the device computes
+Tables = tuple[pa.Table, pa.Table]  # predictions and probabilities of the same rows
+BATCHES_ON_DEVICE = 2  # on a GPU a batch's result is read after the next one was sent
 
 
 def label_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """Worker function: predict the shards `spec["parts"]` (split, shard name, part key), publish a part for each.
 
-    `spec`: store, stage, model (key), num_classes, source {kind, key}, parts, numerics, unique (only first copies of a
-    selection's images). Batches are padded to a constant size and never cross shards, so a part's bytes depend on
-    its shard, the network and the numerics alone. Raises StoreError on NaN or Inf, with the shard and key.
+    `spec`: store, stage, models (keys), source {kind, key}, parts, numerics, label (LabelConfig), unique (only first
+    copies of a selection's images), gpu and decoders (for a GPU: its number, threads that decode for it). Batches are
+    padded to a constant size and never cross shards, so a part's bytes depend on its shard, the networks, the config and
+    the numerics alone. Raises StoreError on NaN or Inf, with the shard and key.
     """
     torch.set_num_threads(worker.threads)
-    store, numerics = Store(spec["store"]), spec["numerics"]
+    keep_freed_memory()
+    store, stage, numerics = Store(spec["store"]), spec["stage"], spec["numerics"]
     source = get(store, spec["source"]["kind"], spec["source"]["key"])
     names = {split for split, _, _ in spec["parts"]}
     splits = {split: IndexedImages(store, source, split, whole=None) for split in names}
-    model, view = load_model(store, spec["model"], numerics)
     rows = {(split, name): splits[split].rows_of(name, spec["unique"]) for split, name, _ in spec["parts"]}
     done, total = 0, sum(len(found) for found in rows.values())
+    labeler: Labeler | None = None
     for split, name, part_key in spec["parts"]:
         if worker.stop_requested:
             raise Stopped
         own = rows[split, name]
-        if find_part(store, spec["stage"], part_key, numerics) is None:
-            probabilities, images = [], splits[split].in_order(own)
-            for start in range(0, len(own), numerics["batch"]):
-                batch = own[start : start + numerics["batch"]]
-                clean = clean_batch(islice(images, len(batch)), view["size"], view["crop_pct"])
-                probabilities.append(_predict(model, splits[split], batch, clean, view, numerics))
-                worker.progress(done + start + len(batch), total)
-            _publish(store, spec, part_key, splits[split], own, probabilities)
+        if find_part(store, stage, part_key, numerics) is None:
+            labeler = labeler or Labeler(store, spec)  # loaded once, and only where something is missing
+            tables, count = [labeler.tables([], labeler.nothing, labeler.nothing)], 0
+            for batch in labeler.predict(splits[split], own):
+                tables.append(batch)
+                count += len(batch[0])
+                worker.progress(done + count, total)
+            _publish(store, stage, part_key, numerics, tables)
         done += len(own)
     worker.progress(total, total, last=True)
     return {}
 
 
-def load_model(store: Store, key: str, numerics: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """A model artifact, ready to predict, and its input: size, crop share, mean and std."""
-    with tempfile.TemporaryDirectory(prefix="nst-model-") as folder:
-        materialize(store, get(store, "model", key), Path(folder))
-        model = load_folder(Path(folder))
-    input_config: Any = model.pretrained_cfg
-    model = model.to(numerics["device"])
-    if numerics["layout"] == "channels_last":
-        model = model.to(memory_format=torch.channels_last)
-    view = {
-        "size": input_config["input_size"][-1],
-        "crop_pct": input_config["crop_pct"],
-        "mean": input_config["mean"],
-        "std": input_config["std"],
-    }
-    return model, view
+class Labeler:
+    """The networks of a label stage, loaded, and what it stores of their predictions."""
 
-
-@torch.inference_mode()
-def _predict(
-    model: nn.Module,
-    images: IndexedImages,
-    rows: Any,
-    clean: torch.Tensor,
-    view: dict[str, Any],
-    numerics: dict[str, Any],
-) -> np.ndarray:
-    """Probabilities of some rows with these views, float32 [rows, classes]; the batch is padded with its first image."""
-    padding = numerics["batch"] - len(clean)
-    if padding:
-        clean = torch.cat([clean, clean[:1].expand(padding, -1, -1, -1)])
-    probabilities = forward_probabilities(model, clean, view, numerics)[: len(rows)]
-    bad = ~np.isfinite(probabilities).all(axis=1)
-    if bad.any():
-        row = rows[int(np.flatnonzero(bad)[0])]
-        raise StoreError(
-            f"the network's output for image {images.index['key'][row].as_py()} of shard {images.shard_path(row)} is not "
-            "finite; retrain the model with a lower learning rate"
+    def __init__(self, store: Store, spec: dict[str, Any]) -> None:
+        self.config = LabelConfig.model_validate(spec["label"])
+        self._batch, self._unique = spec["numerics"]["batch"], spec["unique"]
+        device, self._threads = spec["numerics"]["device"], 0
+        if device == "cuda":
+            device, self._threads = f"cuda:{spec['gpu']}", spec["decoders"]
+        self._device = device
+        manifests = [get(store, "model", key) for key in spec["models"]]
+        self._teachers = [Classifier(store, manifest, spec["numerics"], device) for manifest in manifests]
+        self._noised: list[NoisedClassifier] = []
+        if self.config.noised:
+            self._noised = [NoisedClassifier(store, manifest, spec["numerics"], device) for manifest in manifests]
+        self._crops = list(  # the different (image_size, crop_pct) that are needed, each computed once an image
+            dict.fromkeys((t.image_size, v.crop_pct or t.crop_pct) for t in self._teachers for v in self.config.views)
         )
-    return probabilities
+        self.nothing = np.zeros((0, len(manifests[0].metrics["class_names"])), np.float32)
+
+    def predict(self, images: IndexedImages, rows: Sequence[int]) -> Iterator[Tables]:
+        """The tables of rising rows of one shard, batch after batch.
+
+        Raises StoreError naming shard and key where an image cannot be decoded or a prediction is not finite.
+        """
+        pending: deque[tuple[Sequence[int], torch.Tensor, np.ndarray | None]] = deque()
+        inputs = self._inputs(images, rows)
+        for start in range(0, len(rows), self._batch):
+            some = rows[start : start + self._batch]
+            batch = list(islice(inputs, len(some)))
+            noised = self._predict_noised(images, some, [data for data, _ in batch]) if self._noised else None
+            pending.append((some, self._predict_clean([views for _, views in batch]), noised))
+            if self._device == "cpu" or len(pending) == BATCHES_ON_DEVICE:
+                yield self._finished(images, *pending.popleft())
+        while pending:
+            yield self._finished(images, *pending.popleft())
+
+    def tables(self, keys: list[str], clean: np.ndarray, targets: np.ndarray) -> Tables:
+        """What is stored of probabilities float32 [n, classes]: the un-noised networks' and those for a student."""
+        top_k = self.config.top_k
+        if self.config.targets == "hard":
+            targets, top_k = np.eye(targets.shape[1], dtype=np.float32)[targets.argmax(axis=1)], 1
+        return predictions_table(keys, clean), probabilities_table(targets, top_k)
+
+    def _inputs(self, images: IndexedImages, rows: Sequence[int]) -> Iterator[tuple[bytes, list[torch.Tensor]]]:
+        """The bytes of each row and its crops; decoded here, or ahead by threads while a GPU computes."""
+
+        def crop(row: int, data: bytes) -> tuple[bytes, list[torch.Tensor]]:
+            try:
+                pixels = decode_pixels(data)
+            except ImageError as error:
+                raise StoreError(f"{images.name_of(row)}: {error}") from error
+            return data, [clean_pixels(pixels, *shape) for shape in self._crops]
+
+        stream = zip(rows, images.bytes_in_order(rows), strict=True)
+        if not self._threads:
+            yield from (crop(row, data) for row, data in stream)
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            yield from _ahead((pool.submit(crop, row, data) for row, data in stream), self._threads * READ_AHEAD)
+
+    def _predict_clean(self, crops: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Probabilities [2, n, classes] on the device, at temperature 1 and as stored: means over teachers and views.
+
+        The batch is padded to its constant size with its first image.
+        """
+        padded = crops + crops[:1] * (self._batch - len(crops))
+        stacked = [torch.stack(same) for same in zip(*padded, strict=True)]
+        if self._device != "cpu":
+            stacked = [images.pin_memory() for images in stacked]
+        place = dict(zip(self._crops, stacked, strict=True))
+        sums, temperature = [], self.config.temperature
+        for teacher in self._teachers:
+            for view in self.config.views:
+                images = place[teacher.image_size, view.crop_pct or teacher.crop_pct]
+                logits = teacher.logits(images.flip(2) if view.flip else images)
+                sums.append(torch.stack([logits.softmax(-1), (logits / temperature).softmax(-1)]))
+        return torch.stack(sums).mean(dim=0)[:, : len(crops)]
+
+    def _predict_noised(self, images: IndexedImages, rows: Sequence[int], data: list[bytes]) -> np.ndarray:
+        """Stored probabilities of the noised teachers, float32 [rows, classes]."""
+        seeds = key_hashes(_keys(images, rows, self._unique))
+        found = []
+        for seed, encoded in zip(seeds, data, strict=True):
+            picture, sums = decode_rgb(encoded), []
+            for number, teacher in enumerate(self._noised):
+                own = int(digest([self.config.seed, int(seed), number])[:15], 16)
+                sums.append((teacher.logits(picture, own) / self.config.temperature).softmax(-1))
+            found.append(torch.cat(sums).mean(dim=0))
+        return torch.stack(found).cpu().numpy()
+
+    def _finished(
+        self, images: IndexedImages, rows: Sequence[int], predicted: torch.Tensor, noised: np.ndarray | None
+    ) -> Tables:
+        """Read a batch's probabilities from the device. Raises StoreError where one is not finite."""
+        clean, targets = predicted.cpu().numpy()
+        targets = targets if noised is None else noised
+        bad = ~(np.isfinite(clean).all(axis=1) & np.isfinite(targets).all(axis=1))
+        if bad.any():
+            row = rows[int(np.flatnonzero(bad)[0])]
+            raise StoreError(
+                f"{images.name_of(row)}: the network's output is not finite; retrain the model with a lower learning rate"
+            )
+        return self.tables(_keys(images, rows, self._unique), clean, targets)
+
+
+def survey(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """Worker function: what the choice of numerics hangs on, of the models `spec["models"]` (keys) and this machine.
+
+    Returns macs (multiply-adds of one image in all models), bfloat16 (whether `spec["device"]` computes in it), compiler (whether
+    torch.compile finds one).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    store, flops = Store(spec["store"]), 0
+    for key in spec["models"]:
+        model = load_model(store, get(store, "model", key))
+        shape: Any = model.pretrained_cfg
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model.to("meta")(torch.zeros(1, *shape["input_size"], device="meta"))
+        flops += counter.get_total_flops()
+    if spec["device"] == "cuda":
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        print(f"torch.compile is left out: there is no C++ compiler {compiler!r} on this machine", flush=True)
+    return {"macs": flops // 2, "bfloat16": bfloat16, "compiler": shutil.which(compiler) is not None}
 
 
 @torch.inference_mode()
 def forward_probabilities(
     model: nn.Module, images: torch.Tensor, view: dict[str, Any], numerics: dict[str, Any]
 ) -> np.ndarray:
-    """uint8 [n, size, size, 3] -> softmax probabilities float32 [n, classes]."""
+    """uint8 [n, size, size, 3] -> softmax probabilities float32 [n, classes]; of a network in training."""
     inputs = normalize(images.to(numerics["device"]), view["mean"], view["std"])
     if numerics["layout"] != "channels_last":
         inputs = inputs.contiguous()
@@ -107,14 +216,26 @@ def forward_probabilities(
     return logits.float().softmax(dim=-1).cpu().numpy()
 
 
-def _publish(
-    store: Store, spec: dict[str, Any], part_key: str, images: IndexedImages, rows: Any, probabilities: list[np.ndarray]
-) -> None:
-    key_column = "source_key" if spec["unique"] else "key"
-    keys = images.index[key_column].take(list(rows)).to_pylist()
-    values = np.concatenate(probabilities) if probabilities else np.zeros((0, spec["num_classes"]), np.float32)
+def _keys(images: IndexedImages, rows: Sequence[int], unique: bool) -> list[str]:
+    """The keys of some rows: of a selection's copies their source's."""
+    keys: list[str] = images.index["source_key" if unique else "key"].take(pa.array(rows, pa.int64())).to_pylist()
+    return keys
+
+
+def _ahead(work: Iterator[Future[Any]], most: int) -> Iterator[Any]:
+    """The results of submitted work in its order, with at most so many pieces submitted and not yet taken."""
+    waiting: deque[Future[Any]] = deque(islice(work, most))
+    while waiting:
+        result = waiting.popleft().result()
+        waiting.extend(islice(work, 1))
+        yield result
+
+
+def _publish(store: Store, stage: str, part_key: str, numerics: dict[str, Any], tables: list[Tables]) -> None:
     with store.staging() as folder:
-        write_parquet(folder / PREDICTIONS_FILE, predictions_table(keys, values))
-        write_parquet(folder / PROBABILITIES_FILE, probabilities_table(values))
-        files = {name: (folder / name, len(keys)) for name in (PREDICTIONS_FILE, PROBABILITIES_FILE)}
-        publish_part(store, spec["stage"], part_key, spec["numerics"], files)
+        files = {}
+        for name, parts in zip((PREDICTIONS_FILE, PROBABILITIES_FILE), zip(*tables, strict=True), strict=True):
+            table = pa.concat_tables(parts).combine_chunks()
+            write_parquet(folder / name, table)
+            files[name] = (folder / name, len(table))
+        publish_part(store, stage, part_key, numerics, files)

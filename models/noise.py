@@ -55,24 +55,34 @@ def clean_view(image: Image.Image, image_size: int, crop_pct: float) -> np.ndarr
     return np.array(_clean(_require_rgb(image), image_size, crop_pct))
 
 
+def clean_sizes(width: int, height: int, image_size: int, crop_pct: float) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What the clean view keeps of the center of an image, and to what it resizes that: (width, height) each, in pixels."""
+    short, target = min(width, height), math.floor(image_size / crop_pct)
+    width, height = min(width, MAX_CLEAN_ASPECT * short), min(height, MAX_CLEAN_ASPECT * short)
+    if short == target:
+        return (width, height), (width, height)
+    # the longer side is rounded down, by torchvision's order of operations: timm's pixels hang on it
+    resized = (target, int(target * height / width)) if width <= height else (int(target * width / height), target)
+    return (width, height), resized
+
+
+def center_offset(outer: int, inner: int) -> int:
+    """Where a centered stretch of `inner` pixels begins among `outer` ones; halves to even, as torchvision."""
+    return round((outer - inner) / 2)
+
+
 def _clean(image: Image.Image, image_size: int, crop_pct: float) -> Image.Image:
-    width, height = image.size
-    short = min(width, height)
-    if max(width, height) > MAX_CLEAN_ASPECT * short:
-        image = _center(image, min(width, MAX_CLEAN_ASPECT * short), min(height, MAX_CLEAN_ASPECT * short))
-        width, height = image.size
-    target = math.floor(image_size / crop_pct)
-    if short != target:
-        # the longer side is rounded down, by torchvision's order of operations: timm's pixels hang on it
-        size = (target, int(target * height / width)) if width <= height else (int(target * width / height), target)
-        image = image.resize(size, Image.Resampling.BICUBIC)
+    kept, resized = clean_sizes(image.width, image.height, image_size, crop_pct)
+    image = _center(image, *kept)
+    if resized != kept:
+        image = image.resize(resized, Image.Resampling.BICUBIC)
     return _center(image, image_size, image_size)
 
 
 def _center(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)  # halves to even, as torchvision
+    left, top = center_offset(image.width, width), center_offset(image.height, height)
     return image.crop((left, top, left + width, top + height))
 
 

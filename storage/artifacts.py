@@ -221,6 +221,14 @@ def agree_numerics(store: Store, kind: str, key: str, probed: dict[str, Any]) ->
     return store.read_record(path)
 
 
+def agreed_numerics(store: Store, kind: str, key: str) -> dict[str, Any] | None:
+    """What an earlier attempt at an artifact published as its numerics; None where there was none."""
+    try:
+        return store.read_record(f"{artifact_folder(kind, key)}/numerics.json")
+    except MissingObject:
+        return None
+
+
 def attempts_folder(kind: str, key: str) -> str:
     """Where attempts at an artifact keep what a resume needs, each in a folder of its own."""
     return f"{artifact_folder(kind, key)}/attempts"

@@ -21,6 +21,16 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Palettes, gray, CMYK and 16-bit are converted; alpha is laid over white; EXIF orientation is applied.
     Raises ImageError with a short reason: empty, not an image, too large, truncated.
     """
+    image = open_image(data, max_pixels)
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise ImageError(f"cannot be decoded: {_first_line(error)}") from error
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read the header only: format, mode and size are known, no pixel is. Raises ImageError as `decode_rgb` does."""
     if not data:
         raise ImageError("empty: 0 bytes")
     if len(data) > MAX_BYTES:
@@ -34,11 +44,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"too large: {width} x {height} pixels, limit {max_pixels}")
-    try:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:
-        raise ImageError(f"cannot be decoded: {_first_line(error)}") from error
+    return image
 
 
 def image_extension(data: bytes) -> str:

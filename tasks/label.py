@@ -1,4 +1,4 @@
-"""label: the un-noised weight average of a model predicts every image of a data set, one Parquet part a shard."""
+"""label: the un-noised weight average of a model predicts every image of a data set, two Parquet files a shard."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from models.compute import group_shards
-from models.numerics import chosen_numerics, part_numerics
-from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, find_parts, made_parts
+from models.compute import group_shards, num_cores, num_gpus
+from models.configs import LabelConfig
+from models.numerics import chosen_numerics, labeling_choices, labeling_seconds, part_numerics
+from models.predictions import TOP_K_CLASSES
+from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, agreed_numerics, find_parts, made_parts
 from storage.errors import UserError
-from storage.keys import Config, digest
+from storage.keys import digest
 from storage.shards import index_name, read_tables, shard_files
 from tasks.contract import StageContext, StageResult
 
@@ -19,69 +21,135 @@ PREDICT = "predict"  # parts of labels and evaluations are the same thing, so th
 CONFIDENCE_BINS = 20
 
 
-class LabelConfig(Config):
-    """Nothing to set yet: soft labels over all classes, one clean view."""
-
-
 def label(context: StageContext, config: LabelConfig, inputs: dict[str, Manifest]) -> StageResult:
-    """Label the unlabeled images of `inputs["data"]`, or the unique images of `inputs["selection"]`."""
+    """Label the unlabeled images of `inputs["data"]`, or the unique images of `inputs["selection"]`.
+
+    By `inputs["model"]`; where `model.2`, `model.3` and so on are given too, by the mean of all their probabilities.
+    """
     selection = inputs.get("selection")
     source, split = (selection, "train") if selection else (inputs["data"], "unlabeled")
-    files = predict(context, inputs["model"], source, [split], "labels", unique=selection is not None)[split]
+    models = [inputs[role] for role in sorted(inputs, key=_number) if role.partition(".")[0] == "model"]
+    files = Predictions(context, "labels", models, source, config, unique=selection is not None).of([split])[split]
     confidence, labels = _columns(context, [entry for entry in files if entry.name.startswith("predictions/")])
     counts, _ = np.histogram(confidence, bins=CONFIDENCE_BINS, range=(0.0, 1.0))
-    num_classes = len(inputs["model"].metrics["class_names"])
+    class_names = models[0].metrics["class_names"]
     metrics = {
         "images": len(labels),
-        "mean_confidence": float(confidence.mean(dtype=np.float64)),
+        "mean_confidence": float(confidence.mean(dtype=np.float64)) if len(labels) else 0.0,
         "confidence_histogram": [int(count) for count in counts],
-        "per_class": [int(count) for count in np.bincount(labels, minlength=num_classes)],
-        "class_names": inputs["model"].metrics["class_names"],
+        "per_class": [int(count) for count in np.bincount(labels, minlength=len(class_names))],
+        "class_names": class_names,
     }
-    return StageResult(files, metrics, {"numerics": _numerics(context, "labels")})
+    return StageResult(files, metrics, {"numerics": agreed_numerics(context.store, "labels", context.key)})
 
 
 def predict(
-    context: StageContext, model: Manifest, source: Manifest, splits: Sequence[str], kind: str, unique: bool = False
+    context: StageContext, model: Manifest, source: Manifest, splits: Sequence[str], kind: str
 ) -> dict[str, tuple[FileEntry, ...]]:
-    """Predictions by split, a Parquet part a shard; parts that exist already are kept.
+    """Predictions of one model by split, for an evaluation: in float32 unless `compute` says otherwise."""
+    return Predictions(context, kind, [model], source, LabelConfig(), exact=True).of(splits)
 
-    `kind` is the kind of artifact they are made for. Raises UserError where the model has other classes than the data.
-    """
-    check_classes(model, source)
-    numerics = part_numerics(_numerics(context, kind))
-    shards = [(split, shard) for split in splits for shard in shard_files(source, split)]
-    keys = {shard.name: _part_key(model, source, shard, unique) for _, shard in shards}
-    found = find_parts(context.store, PREDICT, list(keys.values()), numerics)
-    missing = [(split, shard) for split, shard in shards if found[keys[shard.name]] is None]
-    sizes = [shard.rows or 0 for _, shard in missing]
-    specs = [
-        {
-            "store": context.store.url,
-            "stage": PREDICT,
-            "model": model.key,
-            "num_classes": len(model.metrics["class_names"]),
-            "source": {"kind": source.kind, "key": source.key},
-            "parts": [(missing[i][0], missing[i][1].name, keys[missing[i][1].name]) for i in group],
-            "numerics": numerics,
-            "unique": unique,
+
+class Predictions:
+    """The predictions that an artifact of `kind` needs: parts that exist already are kept, the others are made."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        kind: str,
+        models: Sequence[Manifest],
+        source: Manifest,
+        config: LabelConfig,
+        unique: bool = False,
+        exact: bool = False,
+    ) -> None:
+        """`unique`: only first copies of a selection's images; `exact`: what `compute` leaves open is float32, eager.
+
+        Raises UserError where a model has other classes than the data, or the config does not fit them.
+        """
+        for model in models:
+            check_classes(model, source)
+            _check_config(config, model)
+        self._context, self._kind, self._models, self._source = context, kind, models, source
+        self._config, self._unique, self._exact = config, unique, exact
+
+    def of(self, splits: Sequence[str]) -> dict[str, tuple[FileEntry, ...]]:
+        """The files by split: of each shard, in their order, its predictions and its probabilities."""
+        store = self._context.store
+        shards = [(split, shard) for split in splits for shard in shard_files(self._source, split)]
+        keys = {shard.name: self._part_key(shard) for _, shard in shards}
+        numerics = part_numerics(self._agreed([shard for _, shard in shards], list(keys.values())))
+        found = find_parts(store, PREDICT, list(keys.values()), numerics)
+        missing = [(split, shard) for split, shard in shards if found[keys[shard.name]] is None]
+        if missing:
+            self._make(missing, keys, numerics)
+            found = find_parts(store, PREDICT, list(keys.values()), numerics)
+        own = {split: [keys[shard.name] for of, shard in shards if of == split] for split in splits}
+        return {split: _named(split, made_parts(PREDICT, found, own[split])) for split in splits}
+
+    def _make(self, missing: list[tuple[str, FileEntry]], keys: dict[str, str], numerics: dict[str, Any]) -> None:
+        context, compute = self._context, self._context.compute
+        sizes = [shard.rows or 0 for _, shard in missing]
+        processes, gpus = context.engine.processes, num_gpus()
+        on_gpu = numerics["device"] == "cuda"
+        if on_gpu:
+            processes = compute.processes or max(1, gpus)
+        # a process that compiles, or holds a GPU, is paid once: all its shards are one task, committed one by one
+        most = len(missing) if on_gpu or numerics["compile"] else None
+        groups = group_shards(sizes, processes, compute, most)
+        specs = [
+            {
+                "store": context.store.url,
+                "stage": PREDICT,
+                "models": [model.key for model in self._models],
+                "source": {"kind": self._source.kind, "key": self._source.key},
+                "parts": [(missing[i][0], missing[i][1].name, keys[missing[i][1].name]) for i in group],
+                "numerics": numerics,
+                "label": self._config.model_dump(mode="json"),
+                "unique": self._unique,
+                "gpu": number % max(1, gpus),
+                "decoders": max(1, num_cores() // processes),
+            }
+            for number, group in enumerate(groups)
+        ]
+        context.engine.map("models.inference:label_shards", specs, context.progress_of(sum(sizes)))
+
+    def _part_key(self, shard: FileEntry) -> str:
+        """(version, models, config, content of the shard and of its index): a growing data set labels only its new shards.
+
+        The index counts because it decides which images of the tar are there: leaked ones are left out of it.
+        """
+        identity: dict[str, Any] = {
+            "version": VERSION,
+            "models": [model.key for model in self._models],
+            "config": self._config.key_fields(),
+            "shard": shard.sha256,
+            "index": self._source.file(index_name(shard)).sha256,
         }
-        for group in group_shards(sizes, context.engine.processes, context.compute)
-    ]
-    context.engine.map("models.inference:label_shards", specs, context.progress_of(sum(sizes)))
-    if missing:
-        found = find_parts(context.store, PREDICT, list(keys.values()), numerics)
-    own = {split: [keys[shard.name] for of, shard in shards if of == split] for split in splits}
-    return {split: _named(split, made_parts(PREDICT, found, own[split])) for split in splits}
+        return digest({**identity, "unique": True} if self._unique else identity)
 
+    def _agreed(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
+        """The artifact's numerics: those of an earlier attempt, else the cheapest for what is not there yet."""
+        context = self._context
+        agreed = agreed_numerics(context.store, self._kind, context.key)
+        return agreed or agree_numerics(context.store, self._kind, context.key, self._cheapest(shards, keys))
 
-def _named(split: str, parts: Sequence[Part]) -> tuple[FileEntry, ...]:
-    """The files of a split's parts by their names in the artifact: both of the first shard, of the second and so on."""
-    return tuple(
-        entry.model_copy(update={"name": f"{Path(entry.name).stem}/{split}/{number:05d}.parquet"})
-        for number, part in enumerate(parts)
-        for entry in part.files
-    )
+    def _cheapest(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
+        context, compute = self._context, self._context.compute
+        if self._exact or "auto" not in (compute.dtype, compute.compile):
+            return chosen_numerics(compute)
+        spec = {"store": context.store.url, "models": [model.key for model in self._models]}
+        spec["device"] = chosen_numerics(compute)["device"]
+        (survey,) = context.engine.map("models.inference:survey", [spec], lambda progress: None)
+        choices = labeling_choices(compute, survey["bfloat16"], survey["compiler"])
+        macs = survey["macs"] * len(self._config.views)
+
+        def seconds(choice: dict[str, Any]) -> float:
+            found = find_parts(context.store, PREDICT, keys, part_numerics(choice))
+            left = sum(shard.rows or 0 for shard, key in zip(shards, keys, strict=True) if found[key] is None)
+            return labeling_seconds(choice, left // context.engine.processes, macs) if left else 0.0
+
+        return min(choices, key=seconds)
 
 
 def check_classes(model: Manifest, source: Manifest) -> None:
@@ -98,18 +166,38 @@ def check_classes(model: Manifest, source: Manifest) -> None:
         )
 
 
-def _part_key(model: Manifest, source: Manifest, shard: FileEntry, unique: bool) -> str:
-    """(version, model, content of the shard and of its index): a growing data set labels only its new shards.
+def _check_config(config: LabelConfig, model: Manifest) -> None:
+    """Raise UserError where a setting does not fit the model."""
+    num_classes = len(model.metrics["class_names"])
+    if config.top_k > num_classes:
+        raise UserError(
+            f"label.top_k={config.top_k} is more than the {num_classes} classes; set it to {num_classes} or less, or to 0 "
+            "to store all"
+        )
+    if (config.top_k or config.targets == "hard") and num_classes > TOP_K_CLASSES:
+        raise UserError(
+            f"label.top_k and label.targets=hard store classes as int16, up to {TOP_K_CLASSES:,}; the data has "
+            f"{num_classes:,}. Set label.top_k=0 and label.targets=soft"
+        )
+    if config.noised and "model" not in model.config:
+        raise UserError(
+            f"label.noised=true needs the noise of the teacher's training, and model {model.key[:12]} does not say with "
+            "which it was trained; set label.noised=false"
+        )
 
-    The index counts because it decides which images of the tar are there: leaked ones are left out of it.
-    """
-    index = source.file(index_name(shard))
-    identity: dict[str, Any] = {"version": VERSION, "model": model.key, "shard": shard.sha256, "index": index.sha256}
-    return digest({**identity, "unique": True} if unique else identity)
+
+def _named(split: str, parts: Sequence[Part]) -> tuple[FileEntry, ...]:
+    return tuple(
+        entry.model_copy(update={"name": f"{Path(entry.name).stem}/{split}/{number:05d}.parquet"})
+        for number, part in enumerate(parts)
+        for entry in part.files
+    )
 
 
-def _numerics(context: StageContext, kind: str) -> dict[str, Any]:
-    return agree_numerics(context.store, kind, context.key, chosen_numerics(context.compute))
+def _number(role: str) -> int:
+    """The place of a teacher's role among them: `model`, `model.2`, `model.3`."""
+    number = role.partition(".")[2]
+    return int(number) if number.isdigit() else 1
 
 
 def _columns(context: StageContext, files: Sequence[FileEntry]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,9 @@ def train(context: StageContext, config: TrainConfig, inputs: dict[str, Manifest
         "selection": selection.key if selection else "",
         "labels": labels.key if labels else "",
         "class_names": data.metrics["class_names"],
-        "numerics": agree_numerics(context.store, "model", context.key, chosen_numerics(context.compute)),
+        "numerics": agree_numerics(
+            context.store, "model", context.key, {**chosen_numerics(context.compute), "compile": False}
+        ),
         "loader_workers": context.compute.loader_workers,
         "checkpoint_steps": context.compute.checkpoint_steps,
     }

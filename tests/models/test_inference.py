@@ -14,7 +14,7 @@ from PIL import Image
 
 from models import zoo
 from models.compute import ComputeConfig, LocalEngine
-from models.configs import ModelConfig
+from models.configs import LabelConfig, ModelConfig
 from models.inference import label_shards
 from models.predictions import restore_probabilities
 from models.worker import Stopped, Worker
@@ -55,7 +55,13 @@ def model(artifacts: Artifacts) -> Manifest:
 
 
 def specs(
-    artifacts: Artifacts, model: Manifest, name: str, groups: list[list[int]], batch: int = 16, unique: bool = False
+    artifacts: Artifacts,
+    model: Manifest,
+    name: str,
+    groups: list[list[int]],
+    batch: int = 16,
+    unique: bool = False,
+    config: LabelConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Specs of `label_shards` for these groups of shards; the parts' keys begin with `name`."""
     source, split = (artifacts.selection, "train") if unique else (artifacts.data, "unlabeled")
@@ -64,12 +70,14 @@ def specs(
         {
             "store": artifacts.store.url,
             "stage": "predict",
-            "model": model.key,
-            "num_classes": len(CLASSES),
+            "models": [model.key],
             "source": {"kind": source.kind, "key": source.key},
             "parts": [(split, names[number], digest([name, number])) for number in group],
             "numerics": {**NUMERICS, "batch": batch},
+            "label": (config or LabelConfig()).model_dump(mode="json"),
             "unique": unique,
+            "gpu": 0,
+            "decoders": 2,
         }
         for group in groups
     ]

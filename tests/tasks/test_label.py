@@ -1,0 +1,261 @@
+"""What a teacher's predictions may become: soft, hard, tempered, cut to k classes, averaged, or noised."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from models import zoo
+from models.classifier import Classifier
+from models.compute import ComputeConfig, LocalEngine
+from models.configs import LabelConfig, ModelConfig, NoiseConfig, TrainConfig, ViewConfig
+from models.decode import clean_pixels, decode_pixels
+from models.inference import label_shards
+from models.loader import IndexedImages
+from models.numerics import labeling_choices, labeling_seconds
+from models.predictions import read_predictions, read_probabilities
+from storage.artifacts import Manifest, artifact_folder, commit, publish_file
+from storage.errors import UserError
+from storage.keys import digest
+from storage.objects import Store
+from tasks.contract import StageContext, StageResult
+from tasks.label import label
+from tests.models.artifacts import CLASSES, Artifacts, commit_result, make_artifacts
+
+NETWORK = ModelConfig(
+    name="resnet18",
+    args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    image_size=24,
+    crop_pct=0.875,
+    dropout=0.3,
+    drop_path=0.2,
+)
+TRAINED = TrainConfig(model=NETWORK, epochs=1, labeled_batch=8, noise=NoiseConfig(crop="pad", num_ops=1))
+BATCH = 16
+PLAIN: dict[str, Any] = {"dtype": "float32", "compile": "never", "inference_batch": BATCH}
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return make_artifacts(tmp_path_factory.mktemp("label"))
+
+
+def teacher(store: Store, seed: int) -> Manifest:
+    """A network with random weights, sharpened, as the train stage would have committed it."""
+    torch.manual_seed(seed)
+    model = zoo.build(NETWORK, len(CLASSES), bn_momentum=0.5).train()
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.randn(16, 3, 24, 24))
+        model.get_classifier().weight.mul_(5)
+    key = digest(["teacher", seed])
+    with store.staging() as folder:
+        zoo.save(model, NETWORK, list(CLASSES), folder)
+        names = (zoo.WEIGHTS_FILE, zoo.CONFIG_FILE)
+        files = tuple(publish_file(store, artifact_folder("model", key), name, folder / name) for name in names)
+    facts: dict[str, Any] = {"stage": "train", "stage_version": 1, "config": TRAINED.key_fields(), "inputs": {}}
+    return commit(store, Manifest(kind="model", key=key, files=files, metrics={"class_names": list(CLASSES)}, **facts))
+
+
+@pytest.fixture(scope="module")
+def teachers(artifacts: Artifacts) -> list[Manifest]:
+    return [teacher(artifacts.store, seed) for seed in (1, 2)]
+
+
+class InThisProcess(LocalEngine):
+    """Runs the pieces of work here: these tests are about what is computed, not where."""
+
+    def map(self, function: str, specs: Any, on_progress: Any) -> list[dict[str, Any]]:
+        from models import inference
+        from models.worker import Worker
+
+        return [getattr(inference, function.partition(":")[2])(spec, Worker()) for spec in specs]
+
+
+class Labeled:
+    """What the label stage made: class, confidence, probabilities of the unlabeled images in order."""
+
+    def __init__(self, artifacts: Artifacts, models: list[Manifest], compute: dict[str, Any] = PLAIN, **config: Any):
+        settings = ComputeConfig(processes=1, **compute)
+        own = LabelConfig(**config)
+        key = digest([own.model_dump(mode="json"), [model.key for model in models], compute])
+        context = StageContext(artifacts.store, key, InThisProcess(settings), settings)
+        roles = {f"model.{n}" if n > 1 else "model": model for n, model in enumerate(models, 1)}
+        result = label(context, own, {"data": artifacts.data, **roles})
+        manifest = commit_result(artifacts.store, "labels", key, result, {})
+        table = read_predictions(artifacts.store, manifest)
+        self.label, self.confidence = table["label"].to_numpy(), table["confidence"].to_numpy()
+        parts = manifest.files_under("probabilities/")
+        found = [read_probabilities(artifacts.store, manifest, entry) for entry in parts]
+        self.probabilities = np.concatenate(found).astype(np.float64)
+        self.result: StageResult = result
+
+
+@pytest.fixture(scope="module")
+def plain(artifacts: Artifacts, teachers: list[Manifest]) -> Labeled:
+    return Labeled(artifacts, teachers[:1])
+
+
+def by_hand(artifacts: Artifacts, model: Manifest, crop_pct: float, flip: bool = False) -> np.ndarray:
+    """Logits of one view of every unlabeled image, one at a time."""
+    numerics = {"device": "cpu", "dtype": "float32", "layout": "channels_last", "compile": False, "batch": 1}
+    network = Classifier(artifacts.store, model, numerics, "cpu")
+    images = IndexedImages(artifacts.store, artifacts.data, "unlabeled")
+    found = []
+    for start in range(0, len(images), 24):
+        for data in images.bytes_in_order(range(start, start + 24)):
+            view = clean_pixels(decode_pixels(data), 24, crop_pct)
+            found.append(network.logits((view.flip(1) if flip else view)[None])[0])
+    return torch.stack(found).numpy()
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    raised = np.exp(logits.astype(np.float64) / temperature)
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
+def same_decision(found: Labeled, expected: Labeled) -> bool:
+    return bool((found.label == expected.label).all() and (found.confidence == expected.confidence).all())
+
+
+def test_batches_predict_what_images_alone_do(artifacts: Artifacts, teachers: list[Manifest], plain: Labeled) -> None:
+    expected = softmax(by_hand(artifacts, teachers[0], 0.875))
+    assert plain.probabilities == pytest.approx(expected, abs=1e-3)
+    assert plain.confidence == pytest.approx(expected.max(axis=1), abs=1e-5)
+    assert len(set(plain.label)) > 1
+
+
+def test_hard_targets_are_one_at_the_class(artifacts: Artifacts, teachers: list[Manifest], plain: Labeled) -> None:
+    found = Labeled(artifacts, teachers[:1], targets="hard")
+    assert same_decision(found, plain)
+    assert np.array_equal(found.probabilities, np.eye(len(CLASSES))[plain.label])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_temperature_shapes_the_targets_only(
+    artifacts: Artifacts, teachers: list[Manifest], plain: Labeled, temperature: float
+) -> None:
+    found = Labeled(artifacts, teachers[:1], temperature=temperature)
+    assert same_decision(found, plain)
+    expected = softmax(by_hand(artifacts, teachers[0], 0.875), temperature)
+    assert found.probabilities == pytest.approx(expected, abs=1e-3)
+    assert not np.allclose(found.probabilities, plain.probabilities, atol=1e-2)
+
+
+def test_top_k_keeps_the_likeliest(artifacts: Artifacts, teachers: list[Manifest], plain: Labeled) -> None:
+    found = Labeled(artifacts, teachers[:1], top_k=2)
+    assert same_decision(found, plain)
+    order = np.argsort(-plain.probabilities, axis=1, kind="stable")[:, :2]
+    kept, before = (np.take_along_axis(values.probabilities, order, 1) for values in (found, plain))
+    assert kept == pytest.approx(before, abs=1e-3)
+    assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(72), abs=2e-3)
+
+
+def test_views_are_averaged(artifacts: Artifacts, teachers: list[Manifest]) -> None:
+    views = (ViewConfig(), ViewConfig(flip=True), ViewConfig(crop_pct=0.7))
+    found = Labeled(artifacts, teachers[:1], views=views)
+    each = [by_hand(artifacts, teachers[0], crop, flip) for crop, flip in ((0.875, False), (0.875, True), (0.7, False))]
+    expected = np.mean([softmax(logits) for logits in each], axis=0)
+    assert found.probabilities == pytest.approx(expected, abs=1e-3)
+    assert found.confidence == pytest.approx(expected.max(axis=1), abs=1e-5)
+
+
+def test_several_teachers_are_averaged(artifacts: Artifacts, teachers: list[Manifest], plain: Labeled) -> None:
+    found = Labeled(artifacts, teachers)
+    expected = np.mean([softmax(by_hand(artifacts, model, 0.875)) for model in teachers], axis=0)
+    assert found.probabilities == pytest.approx(expected, abs=1e-3)
+    assert found.confidence == pytest.approx(expected.max(axis=1), abs=1e-5)
+    assert not np.allclose(found.probabilities, plain.probabilities, atol=1e-2)
+
+
+def test_a_noised_teacher_decides_like_the_clean_one(
+    artifacts: Artifacts, teachers: list[Manifest], plain: Labeled
+) -> None:
+    found = Labeled(artifacts, teachers[:1], noised=True)
+    assert same_decision(found, plain)
+    assert (np.abs(found.probabilities - plain.probabilities).max(axis=1) > 0.01).mean() > 0.5
+    assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(72), abs=2e-3)
+    other = Labeled(artifacts, teachers[:1], noised=True, seed=1)
+    assert not np.allclose(other.probabilities, found.probabilities, atol=1e-2)
+
+
+def test_an_images_noise_does_not_hang_on_its_batch(artifacts: Artifacts, teachers: list[Manifest]) -> None:
+    in_small, in_large = (
+        Labeled(artifacts, teachers[:1], {**PLAIN, "inference_batch": batch}, noised=True) for batch in (5, 24)
+    )
+    assert np.array_equal(in_small.probabilities, in_large.probabilities)
+
+
+@pytest.mark.parametrize("compile_", ["never", "always"])
+def test_bfloat16_agrees_within_two_hundredths(
+    artifacts: Artifacts, teachers: list[Manifest], plain: Labeled, compile_: str
+) -> None:
+    found = Labeled(artifacts, teachers[:1], {**PLAIN, "dtype": "bfloat16", "compile": compile_})
+    assert found.result.facts["numerics"]["compile"] is (compile_ == "always")
+    assert np.abs(found.confidence - plain.confidence).max() < 0.02
+    assert (found.label == plain.label).mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"targets": "hard", "top_k": 5}, "hard targets are one class"),
+        ({"targets": "hard", "temperature": 2.0}, "hard targets are one class"),
+        ({"noised": True, "views": [{}, {"flip": True}]}, "sees one noised view"),
+        ({"seed": 3}, "seeds the noise"),
+        ({"views": [{}, {}]}, "stands twice"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LabelConfig.model_validate(config)
+
+
+def test_more_top_classes_than_there_are_is_refused_before_anything_runs(
+    artifacts: Artifacts, teachers: list[Manifest]
+) -> None:
+    with pytest.raises(UserError, match=r"label.top_k=5 is more than the 4 classes"):
+        Labeled(artifacts, teachers[:1], top_k=5)
+
+
+def test_small_jobs_stay_plain_and_large_ones_are_compiled() -> None:
+    choices = labeling_choices(ComputeConfig(device="cpu"), bfloat16=True, compiler=True)
+    assert len(choices) == 3
+
+    def chosen(images: int, macs: int) -> tuple[str, bool]:
+        best = min(choices, key=lambda choice: labeling_seconds(choice, images, macs))
+        return best["dtype"], best["compile"]
+
+    digits, lite = 5_000_000, 400_000_000
+    assert chosen(4_000, digits) == ("float32", False)
+    assert chosen(2_500, lite) == ("bfloat16", False)
+    assert chosen(50_000, lite) == ("bfloat16", True)
+
+
+def test_what_hardware_or_config_do_not_offer_is_not_chosen() -> None:
+    cpu = ComputeConfig(device="cpu")
+    assert [c["dtype"] for c in labeling_choices(cpu, bfloat16=False, compiler=True)] == ["float32"]
+    assert not any(c["compile"] for c in labeling_choices(cpu, bfloat16=True, compiler=False))
+    asked = ComputeConfig(device="cpu", dtype="bfloat16", compile="never")
+    assert len(labeling_choices(asked, bfloat16=False, compiler=True)) == 1
+
+
+def test_parts_of_an_earlier_artifact_are_kept_where_a_job_could_choose_anew(
+    artifacts: Artifacts, teachers: list[Manifest]
+) -> None:
+    """Labeled in bfloat16 by an artifact, the same shards are not done again in float32 by the next that may choose."""
+    first = Labeled(artifacts, teachers[1:], {**PLAIN, "dtype": "bfloat16"}, temperature=1.5)
+    second = Labeled(artifacts, teachers[1:], {"inference_batch": BATCH}, temperature=1.5)
+    if second.result.facts["numerics"]["dtype"] == "float32":
+        pytest.skip("this CPU does not compute in bfloat16, so it was no choice")
+    assert [f.sha256 for f in first.result.files] == [f.sha256 for f in second.result.files]
+
+
+def test_label_shards_does_nothing_for_no_shards(artifacts: Artifacts, teachers: list[Manifest]) -> None:
+    from models.worker import Worker
+
+    spec = {"store": artifacts.store.url, "stage": "predict", "models": [teachers[0].key], "parts": [], "unique": False}
+    source = {"kind": artifacts.data.kind, "key": artifacts.data.key}
+    assert label_shards({**spec, "source": source, "numerics": {}}, Worker()) == {}
