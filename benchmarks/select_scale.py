@@ -221,7 +221,9 @@ def main() -> None:
     )
     within = last["seconds"] < MOST_S and last["peak_mb"] < MOST_MB and cpu[-1] < MOST_BEND * cpu[0]
     sys.exit(
-        0 if within else f"not kept: {MOST_S:.0f} s, {MOST_MB:.0f} MB, and {MOST_BEND} times the smallest's CPU time a row"
+        0
+        if within
+        else f"not kept: {MOST_S:.0f} s, {MOST_MB:.0f} MB, and {MOST_BEND} times the smallest's CPU time a row"
     )
 
 
