@@ -27,7 +27,7 @@ def nst(*arguments: str) -> str:
 def test_a_finished_run_reuses_every_artifact_and_changes_nothing(finished: Path) -> None:
     before = Store(str(finished)).paths("")
     output = run(command(finished))
-    assert output.count(": reused") == 8, output
+    assert output.count(": reused") == 9, output
     assert Store(str(finished)).paths("") == before
 
 
@@ -54,7 +54,7 @@ def test_rerun_select_makes_it_and_what_follows_anew_and_nothing_before(finished
     latest = latest_run(Store(str(finished_copy)), "digits")
     assert latest is not None
     assert (latest.number, latest.generations["1/select"], latest.generations["1/student"]) == (2, 1, 0)
-    assert run(command(finished_copy)).count(": reused") == 8  # a plain run follows the newest generation
+    assert run(command(finished_copy)).count(": reused") == 9  # a plain run follows the newest generation
     store = Store(str(finished_copy))
     old, new = (get(store, "selection", resolve_ref(store, f"digits/1/select@{n}").key) for n in (1, 2))
     assert old.key != new.key
@@ -138,7 +138,7 @@ def test_under_a_prefect_server_reused_stages_end_as_reused_and_new_ones_as_comp
     runs = _post(f"{prefect_server}/task_runs/filter", {})
     states = {task["name"]: task["state"]["name"] for task in runs}
     assert states.pop("report") == "Completed"
-    assert len(states) == 7
+    assert len(states) == 8
     assert set(states.values()) == {"Reused"}
     (flow_run,) = _post(f"{prefect_server}/flow_runs/filter", {})
     assert flow_run["state"]["name"] == "Completed"
@@ -152,7 +152,7 @@ def test_the_ephemeral_api_needs_no_server_and_a_bad_override_ends_before_it_sta
 ) -> None:
     home = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": "http://127.0.0.1:1/api"}
     output = run(command(finished_copy, prefect="ephemeral"), **home)
-    assert output.count(": reused") == 8, output
+    assert output.count(": reused") == 9, output
     assert "ERROR" not in output
     child = start(command(finished_copy, "student.epoch=3", prefect="ephemeral"), **home)
     printed = child.communicate(timeout=60)[0]

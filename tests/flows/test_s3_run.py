@@ -84,7 +84,7 @@ def test_stages_that_share_nothing_but_the_bucket_pass_their_work_on(s3: str, tm
         output = nst(*line, *options, cwd=machine / "work", **own)
         assert list((machine / "work").iterdir()) == [], "nothing is written beside the bucket and the cache"
         assert list((machine / "cache").glob("*/*.files")) == []
-    assert output.count(": reused") == 4, output
+    assert output.count(": reused") == 5, output
     assert verify_all(store).problems == []
     assert {m.kind for m in list_artifacts(store)} == {
         "dataset",
@@ -94,7 +94,7 @@ def test_stages_that_share_nothing_but_the_bucket_pass_their_work_on(s3: str, tm
         "selection",
         "report",
     }
-    data = get(store, "dataset", resolve_ref(store, "tiny/prepare").key)
+    data = get(store, "dataset", resolve_ref(store, "tiny/unlabeled").key)
     assert data.metrics["unlabeled"]["images"] == 30
     assert len(shard_files(data, "unlabeled")) == 3
     assert read_index(store, data, "unlabeled")["source"].to_pylist()[0] == "unlabeled.parquet:0.png"
