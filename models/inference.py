@@ -41,7 +41,7 @@ def label_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """Worker function: predict the shards `spec["parts"]` (split, shard name, part key), publish a part for each.
 
     `spec`: store, stage, models (keys), source {kind, key}, parts, numerics, label (LabelConfig), unique (only first
-    copies of a selection's images), gpu and decoders (for a GPU: its number, threads that decode for it). Batches are
+    copies of a selection's images), gpu (its number), decoders (threads that decode ahead, for a GPU; 0: none). Batches are
     padded to a constant size and never cross shards, so a part's bytes depend on its shard, the networks, the config and
     the numerics alone. Raises StoreError on NaN or Inf, with the shard and key.
     """
@@ -77,10 +77,9 @@ class Labeler:
     def __init__(self, store: Store, spec: dict[str, Any]) -> None:
         self.config = LabelConfig.model_validate(spec["label"])
         self._batch, self._unique = spec["numerics"]["batch"], spec["unique"]
-        device, self._threads = spec["numerics"]["device"], 0
-        if device == "cuda":
-            device, self._threads = f"cuda:{spec['gpu']}", spec["decoders"]
-        self._device = device
+        device = spec["numerics"]["device"]
+        self._device = device = f"cuda:{spec['gpu']}" if device == "cuda" else device
+        self._threads = spec["decoders"]
         manifests = [get(store, "model", key) for key in spec["models"]]
         self._teachers = [Classifier(store, manifest, spec["numerics"], device) for manifest in manifests]
         self._noised: list[NoisedClassifier] = []
@@ -116,7 +115,7 @@ class Labeler:
         return predictions_table(keys, clean), probabilities_table(targets, top_k)
 
     def _inputs(self, images: IndexedImages, rows: Sequence[int]) -> Iterator[tuple[bytes, list[torch.Tensor]]]:
-        """The bytes of each row and its crops; decoded here, or ahead by threads while a GPU computes."""
+        """The bytes of each row and its crops; decoded here, or ahead by threads while the device computes."""
 
         def crop(row: int, data: bytes) -> tuple[bytes, list[torch.Tensor]]:
             try:

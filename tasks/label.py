@@ -108,7 +108,7 @@ class Predictions:
                 "label": self._config.model_dump(mode="json"),
                 "unique": self._unique,
                 "gpu": number % max(1, gpus),
-                "decoders": max(1, num_cores() // processes),
+                "decoders": max(1, num_cores() // processes) if on_gpu else 0,
             }
             for number, group in enumerate(groups)
         ]

@@ -62,6 +62,7 @@ def specs(
     batch: int = 16,
     unique: bool = False,
     config: LabelConfig | None = None,
+    decoders: int = 0,
 ) -> list[dict[str, Any]]:
     """Specs of `label_shards` for these groups of shards; the parts' keys begin with `name`."""
     source, split = (artifacts.selection, "train") if unique else (artifacts.data, "unlabeled")
@@ -77,7 +78,7 @@ def specs(
             "label": (config or LabelConfig()).model_dump(mode="json"),
             "unique": unique,
             "gpu": 0,
-            "decoders": 2,
+            "decoders": decoders,
         }
         for group in groups
     ]
@@ -139,6 +140,13 @@ def test_shards_in_groups_of_their_own_give_the_same_bytes(
     for work in specs(artifacts, model, "apart", [[1], [2], [0]]):
         label_shards(work, Worker())
     assert content(parts(artifacts, "apart")) == content(in_one)
+
+
+def test_threads_that_decode_ahead_change_no_byte(artifacts: Artifacts, model: Manifest, in_one: list[Part]) -> None:
+    """As a GPU has them; more of them than images of a batch."""
+    for decoders in (1, 20):
+        label_shards(specs(artifacts, model, f"{decoders} threads", [[0, 1, 2]], decoders=decoders)[0], Worker())
+        assert content(parts(artifacts, f"{decoders} threads")) == content(in_one)
 
 
 def test_a_finished_part_is_kept(artifacts: Artifacts, model: Manifest, in_one: list[Part]) -> None:

@@ -189,12 +189,12 @@ def test_an_images_noise_does_not_hang_on_its_batch(artifacts: Artifacts, teache
 
 
 @pytest.mark.parametrize("compile_", ["never", "always"])
-def test_bfloat16_agrees_within_two_hundredths(
+def test_bfloat16_agrees_within_three_hundredths(
     artifacts: Artifacts, teachers: list[Manifest], plain: Labeled, compile_: str
 ) -> None:
     found = Labeled(artifacts, teachers[:1], {**PLAIN, "dtype": "bfloat16", "compile": compile_})
     assert found.result.facts["numerics"]["compile"] is (compile_ == "always")
-    assert np.abs(found.confidence - plain.confidence).max() < 0.02
+    assert np.abs(found.confidence - plain.confidence).max() < 0.03
     assert (found.label == plain.label).mean() > 0.95
 
 
