@@ -13,6 +13,8 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_o
     line = command(store)
     kill_when(line, lambda: count(store, "parts/ingest", ".json") >= 2)
     prepared = set(Store(str(store)).paths("parts/ingest"))
+    kill_when(line, lambda: count(store, "parts/guard", ".json") >= 1)
+    assert count(store, "refs/digits/unlabeled") == 0
     kill_when(line, lambda: count(store, "artifacts/model", ".pt") >= 1)  # teacher
     assert prepared <= set(Store(str(store)).paths("parts/ingest")), "finished shards were made again"
     checkpoints = count(store, "artifacts/model", ".pt")
