@@ -58,16 +58,16 @@ def build_graph(experiment: Experiment) -> list[Node]:
         Node("0/teacher", "train", teacher, {"data": "prepare"}),
         _evaluation(experiment, 0, "teacher"),
     ]
-    model = "0/teacher"
+    models = ["0/teacher"]
     if experiment.order == "once":
-        selector = model
+        selector = models[0]
         if experiment.selector is not None:
             selector = "0/selector"
             nodes.append(Node(selector, "train", experiment.selector.as_teacher(), {"data": "prepare"}))
         nodes.append(Node("0/label", "label", experiment.label, {"data": "unlabeled", "model": selector}))
         nodes.append(Node("0/select", "select", experiment.select, {"data": "unlabeled", "labels": "0/label"}))
     for number, student in enumerate(experiment.iterations, start=1):
-        inputs = {"data": "unlabeled", "model": model}
+        inputs = {"data": "unlabeled", **_teachers(experiment, models)}
         if experiment.order == "once":
             nodes.append(Node(f"{number}/label", "label", experiment.label, {**inputs, "selection": "0/select"}))
             sources = {"selection": "0/select", "labels": f"{number}/label"}
@@ -78,7 +78,7 @@ def build_graph(experiment: Experiment) -> list[Node]:
             sources = {"selection": f"{number}/select"}
         nodes.append(Node(f"{number}/student", "train", student, {"data": "prepare", **sources}))
         nodes.append(_evaluation(experiment, number, "student"))
-        model = f"{number}/student"
+        models.append(f"{number}/student")
     everything = {node.name: node.name for node in nodes}
     nodes.append(Node("report", "report", report.ReportConfig(experiment=experiment.name), everything))
     return nodes
@@ -111,6 +111,12 @@ def resolve_keys(
             )
         )
     return records
+
+
+def _teachers(experiment: Experiment, models: list[str]) -> dict[str, str]:
+    """The roles of the models that label together, the newest first: model, model.2, model.3 ..."""
+    newest = models[::-1][: experiment.label.num_teachers]
+    return {f"model.{place}" if place > 1 else "model": name for place, name in enumerate(newest, start=1)}
 
 
 def _evaluation(experiment: Experiment, number: int, role: str) -> Node:

@@ -93,6 +93,13 @@ class LabelConfig(Config):
     fields here say which probabilities a student learns from.
     """
 
+    not_in_key: ClassVar[tuple[str, ...]] = ("num_teachers",)  # the teachers themselves are inputs
+
+    num_teachers: int = Field(
+        1,
+        ge=1,
+        description="so many of the newest models label together: the mean of their probabilities (where there are)",
+    )
     targets: Literal["soft", "hard"] = Field("soft", description="hard: all of the probability at the likeliest class")
     temperature: float = Field(1.0, gt=0, description="of the stored probabilities: softmax(logits / temperature)")
     top_k: int = Field(0, ge=0, description="store the k likeliest classes only; what is missing is spread evenly")

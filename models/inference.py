@@ -25,12 +25,12 @@ from models.predictions import (
     probabilities_table,
 )
 from models.worker import Stopped, Worker
-from storage.artifacts import find_part, get, publish_part
+from storage.artifacts import FileEntry, find_part, get, publish_part
 from storage.errors import StoreError
 from storage.images import ImageError, decode_rgb
 from storage.keys import digest
 from storage.objects import Store
-from storage.shards import write_parquet
+from storage.shards import shard_files, write_parquet
 
 READ_AHEAD = 4  # images that are being decoded, a thread, while the device computes
 Tables = tuple[pa.Table, pa.Table]  # predictions and probabilities of the same rows
@@ -49,24 +49,24 @@ def label_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     keep_freed_memory()
     store, stage, numerics = Store(spec["store"]), spec["stage"], spec["numerics"]
     source = get(store, spec["source"]["kind"], spec["source"]["key"])
-    names = {split for split, _, _ in spec["parts"]}
-    splits = {split: IndexedImages(store, source, split, whole=None) for split in names}
-    rows = {(split, name): splits[split].rows_of(name, spec["unique"]) for split, name, _ in spec["parts"]}
-    done, total = 0, sum(len(found) for found in rows.values())
+    sizes = {entry.name: entry.rows or 0 for entry in source.files}
+    whole = {split: _fits(store, shard_files(source, split)) for split in {split for split, _, _ in spec["parts"]}}
+    done, total = 0, sum(sizes[name] for _, name, _ in spec["parts"])
     labeler: Labeler | None = None
     for split, name, part_key in spec["parts"]:
         if worker.stop_requested:
             raise Stopped
-        own = rows[split, name]
         if find_part(store, stage, part_key, numerics) is None:
             labeler = labeler or Labeler(store, spec)  # loaded once, and only where something is missing
+            images = IndexedImages(store, source, split, whole[split], only=name)
             tables, count = [labeler.tables([], labeler.nothing, labeler.nothing)], 0
-            for batch in labeler.predict(splits[split], own):
+            for batch in labeler.predict(images, images.rows_of(name, spec["unique"])):
                 tables.append(batch)
                 count += len(batch[0])
                 worker.progress(done + count, total)
             _publish(store, stage, part_key, numerics, tables)
-        done += len(own)
+            images.close()
+        done += sizes[name]
     worker.progress(total, total, last=True)
     return {}
 
@@ -213,6 +213,11 @@ def forward_probabilities(
     with torch.autocast(numerics["device"], dtype=torch.bfloat16, enabled=mixed):
         logits = model(inputs)
     return logits.float().softmax(dim=-1).cpu().numpy()
+
+
+def _fits(store: Store, shards: Sequence[FileEntry]) -> bool:
+    """Whether all shards of a split may be kept on this machine: else each is streamed past."""
+    return store.on_disk(shards) or store.fits_local(sum(shard.bytes for shard in shards))
 
 
 def _keys(images: IndexedImages, rows: Sequence[int], unique: bool) -> list[str]:

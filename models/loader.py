@@ -41,11 +41,14 @@ class ReplicaBatch:
 class IndexedImages:
     """The images of one split by row: an index in memory, bytes read and verified on demand."""
 
-    def __init__(self, store: Store, manifest: Manifest, split: str, whole: bool | None = True) -> None:
-        """`whole`: read a bucket's tars from copies on this machine; None: only where all of them fit."""
-        index = read_index(store, manifest, split)
+    def __init__(
+        self, store: Store, manifest: Manifest, split: str, whole: bool | None = True, only: str | None = None
+    ) -> None:
+        """`whole`: read a bucket's tars from copies on this machine; None: only where all of them fit. `only`: the
+        name of one shard, where the index of all would fill the memory."""
+        self.files = [shard for shard in shard_files(manifest, split) if only in (None, shard.name)]
+        index = read_index(store, manifest, split, shards=self.files)
         self.index = index
-        self.files = shard_files(manifest, split)
         self.shard_rows = [entry.rows or 0 for entry in self.files]
         shard = index["shard"].combine_chunks()
         shard = shard.chunk(0) if isinstance(shard, pa.ChunkedArray) else shard
@@ -89,6 +92,10 @@ class IndexedImages:
         """The encoded images of rising rows of one shard, in one pass over it. Raises StoreError as `image` does."""
         if rows:
             yield from self._reader.stream(self.shard_path(rows[0]), (self._place(row) for row in rows))
+
+    def close(self) -> None:
+        """Close the tars."""
+        self._reader.close()
 
     def name_of(self, row: int) -> str:
         """Where a row's image lies, for messages: shard and key."""

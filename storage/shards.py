@@ -184,9 +184,15 @@ def index_name(shard: FileEntry) -> str:
     return shard.name.replace("shards/", "index/", 1).removesuffix(".tar") + ".parquet"
 
 
-def read_index(store: Store, manifest: Manifest, split: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The index of a split: its tars' indices in order, with a column `shard` (dictionary of object paths) added."""
-    shards = shard_files(manifest, split)
+def read_index(
+    store: Store,
+    manifest: Manifest,
+    split: str,
+    columns: Sequence[str] | None = None,
+    shards: Sequence[FileEntry] | None = None,
+) -> pa.Table:
+    """The index of a split, or of some of its shards: in order, with a column `shard` (dictionary of object paths)."""
+    shards = shard_files(manifest, split) if shards is None else shards
     tables = []
     found = read_tables(store, [manifest.file(index_name(shard)) for shard in shards], columns)
     for shard, table in zip(shards, found, strict=True):

@@ -13,7 +13,8 @@ from models.predictions import TOP_K_CLASSES
 from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, agreed_numerics, find_parts, made_parts
 from storage.errors import UserError
 from storage.keys import digest
-from storage.shards import index_name, read_tables, shard_files
+from storage.objects import Store
+from storage.shards import index_name, read_table, shard_files
 from tasks.contract import StageContext, StageResult
 
 VERSION = 2
@@ -30,16 +31,8 @@ def label(context: StageContext, config: LabelConfig, inputs: dict[str, Manifest
     source, split = (selection, "train") if selection else (inputs["data"], "unlabeled")
     models = [inputs[role] for role in sorted(inputs, key=_number) if role.partition(".")[0] == "model"]
     files = Predictions(context, "labels", models, source, config, unique=selection is not None).of([split])[split]
-    confidence, labels = _columns(context, [entry for entry in files if entry.name.startswith("predictions/")])
-    counts, _ = np.histogram(confidence, bins=CONFIDENCE_BINS, range=(0.0, 1.0))
-    class_names = models[0].metrics["class_names"]
-    metrics = {
-        "images": len(labels),
-        "mean_confidence": float(confidence.mean(dtype=np.float64)) if len(labels) else 0.0,
-        "confidence_histogram": [int(count) for count in counts],
-        "per_class": [int(count) for count in np.bincount(labels, minlength=len(class_names))],
-        "class_names": class_names,
-    }
+    predictions = [entry for entry in files if entry.name.startswith("predictions/")]
+    metrics = _summary(context.store, predictions, models[0].metrics["class_names"])
     return StageResult(files, metrics, {"numerics": agreed_numerics(context.store, "labels", context.key)})
 
 
@@ -200,6 +193,20 @@ def _number(role: str) -> int:
     return int(number) if number.isdigit() else 1
 
 
-def _columns(context: StageContext, files: Sequence[FileEntry]) -> tuple[np.ndarray, np.ndarray]:
-    tables = read_tables(context.store, files, ["confidence", "label"])
-    return tuple(np.concatenate([t[c].to_numpy() for t in tables]) for c in ("confidence", "label"))  # type: ignore[return-value]
+def _summary(store: Store, files: Sequence[FileEntry], class_names: list[str]) -> dict[str, Any]:
+    """The metrics of labels, one file after the other."""
+    images, total = 0, 0.0
+    histogram, per_class = np.zeros(CONFIDENCE_BINS, np.int64), np.zeros(len(class_names), np.int64)
+    for entry in files:
+        table = read_table(store, entry, ["confidence", "label"])
+        confidence = table["confidence"].to_numpy()
+        images, total = images + len(table), total + float(confidence.sum(dtype=np.float64))
+        histogram += np.histogram(confidence, bins=CONFIDENCE_BINS, range=(0.0, 1.0))[0]
+        per_class += np.bincount(table["label"].to_numpy(), minlength=len(class_names))
+    return {
+        "images": images,
+        "mean_confidence": total / images if images else 0.0,
+        "confidence_histogram": histogram.tolist(),
+        "per_class": per_class.tolist(),
+        "class_names": class_names,
+    }

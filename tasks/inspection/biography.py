@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from storage.artifacts import Manifest, list_artifacts
 from storage.errors import UserError
 from storage.objects import Store
 from storage.runs import list_experiments, read_run
-from storage.shards import shard_files
-from tasks.inspection.images import locate_images
+from storage.shards import index_name, shard_files
+from tasks.inspection.images import FILES_AT_ONCE, batched, locate_images
 from tasks.selection.decisions import DECISIONS_FILE
 from tasks.sources import SPLITS
 
@@ -78,14 +79,14 @@ def _chosen(
         label = next(_matching(store, labels, "predictions/", "key", key))["label"]
         query = "SELECT threshold FROM read_parquet($file) WHERE label = $label"
         (threshold,) = connection.execute(query, {"file": str(classes), "label": label}).fetchone() or (None,)
-    copies = list(_matching(store, selection, "index/", "source_key", key)) if fate[1] else []
+    copies = {row["file"] for row in _matching(store, selection, "index/", "source_key", key)} if fate[1] else set()
     students = [names.get(m.key, m.key) for m in _followers(manifests, "model", "selection", selection.key)]
     return {
         "selection": names.get(selection.key, selection.key),
         "decision": fate[0],
         "copies": fate[1],
         "threshold": threshold,
-        "shards": sorted({shard_files(selection, "train")[row["file"]].path for row in copies}),
+        "shards": sorted({shard.path for shard in shard_files(selection, "train") if index_name(shard) in copies}),
         "students": students,
     }
 
@@ -100,20 +101,21 @@ def _leaks(store: Store, data: Manifest, key: str) -> Iterator[Row]:
 
 
 def _matching(store: Store, manifest: Manifest, prefix: str, column: str, value: str) -> Iterator[Row]:
-    """The rows of an artifact's tables where a column has a value, with `file` (number) and `place` (row of all)."""
+    """The rows of an artifact's tables where a column has a value, with `file` (name) and `place` (row of all)."""
     import duckdb
 
     entries = manifest.files_under(prefix)
-    starts = [sum(entry.rows or 0 for entry in entries[:number]) for number in range(len(entries))]
+    starts = dict(zip(entries, accumulate([0, *(entry.rows or 0 for entry in entries)]), strict=False))
     query = f"""
         SELECT * FROM read_parquet($files, filename = true, file_row_number = true, hive_partitioning = false)
         WHERE {column} = $value
     """
-    with store.local_copies(entries) as paths, duckdb.connect() as connection:
-        numbers = {str(path): number for number, path in enumerate(paths)}
-        found = connection.execute(query, {"files": list(numbers), "value": value})
-        names = [column[0] for column in found.description]
-        for values in found.fetchall():
-            row = dict(zip(names, values, strict=True))
-            number = numbers[row.pop("filename")]
-            yield {**row, "file": number, "place": starts[number] + row.pop("file_row_number")}
+    for some in batched(entries, FILES_AT_ONCE):
+        with store.local_copies(some) as paths, duckdb.connect() as connection:
+            by_path = {str(path): entry for path, entry in zip(paths, some, strict=True)}
+            found = connection.execute(query, {"files": list(by_path), "value": value})
+            names = [column[0] for column in found.description]
+            for values in found.fetchall():
+                row = dict(zip(names, values, strict=True))
+                entry = by_path[row.pop("filename")]
+                yield {**row, "file": entry.name, "place": starts[entry] + row.pop("file_row_number")}

@@ -1,7 +1,7 @@
 """Finding images by key, and showing several as one picture."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw
 
@@ -11,6 +11,8 @@ from storage.objects import Store
 from storage.shards import ShardReader, index_name, shard_files
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
+FILES_AT_ONCE = 256
 TILE_PX, LINE_PX, MARGIN_PX = 112, 13, 6
 COLUMNS = 8
 LINE_CHARACTERS = 17
@@ -27,11 +29,21 @@ def locate_images(store: Store, data: Manifest, split: str, keys: Sequence[str])
         SELECT key, filename, {columns}
         FROM read_parquet($files, filename = true, hive_partitioning = false) WHERE key IN (SELECT unnest($keys))
     """
-    with store.local_copies([data.file(index_name(shard)) for shard in shards]) as copies:
-        paths = {str(copy): shard.path for copy, shard in zip(copies, shards, strict=True)}
-        with duckdb.connect() as connection:
-            found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()
-    return {key: {"shard": paths[file], **dict(zip(names, rest, strict=True))} for key, file, *rest in found}
+    places: dict[str, Row] = {}
+    for some in batched(shards, FILES_AT_ONCE):
+        with store.local_copies([data.file(index_name(shard)) for shard in some]) as copies:
+            paths = {str(copy): shard.path for copy, shard in zip(copies, some, strict=True)}
+            with duckdb.connect() as connection:
+                found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()
+        places.update(
+            {key: {"shard": paths[file], **dict(zip(names, rest, strict=True))} for key, file, *rest in found}
+        )
+    return places
+
+
+def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive stretches of `size` items: a bucket's files are fetched before they are looked through."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def read_images(store: Store, data: Manifest, split: str, keys: Sequence[str]) -> list[Image.Image]:

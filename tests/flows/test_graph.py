@@ -164,6 +164,14 @@ def test_equal_students_of_two_iterations_have_keys_of_their_own(tmp_path: Path)
     assert len(set(found.values())) == len(found)
 
 
+def test_several_teachers_are_the_newest_models(tmp_path: Path) -> None:
+    nodes = graph(tmp_path, "label.num_teachers=2")
+    assert nodes["1/label"].inputs == {"data": "unlabeled", "model": "0/teacher"}
+    assert nodes["2/label"].inputs == {"data": "unlabeled", "model": "1/student", "model.2": "0/teacher"}
+    changed_nodes = changed(keys(graph(tmp_path)), keys(nodes))
+    assert changed_nodes == {"2/label", "2/select", "2/student", "2/evaluate", "report"}
+
+
 def test_a_generation_changes_its_node_and_what_follows(tmp_path: Path) -> None:
     nodes = graph(tmp_path)
     plain = keys(nodes)

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.predictions import predictions_table
+from storage.artifacts import Manifest, artifact_folder, publish_file
+from storage.errors import UserError
+from storage.objects import Store
+from storage.shards import read_tables, write_parquet
+from tasks.inspection.compare_labels import diff_labels
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def labels(store: Store, key: str, keys: list[str], seed: int, files: int = 3, names: list[str] = NAMES) -> Manifest:
+    """A label artifact of some keys, cut into files."""
+    probabilities = np.random.default_rng(seed).dirichlet(np.ones(len(names)), len(keys)).astype(np.float32)
+    entries = []
+    for number, places in enumerate(np.array_split(np.arange(len(keys)), files)):
+        with store.staging() as folder:
+            table = predictions_table([keys[place] for place in places], probabilities[places])
+            write_parquet(folder / "p.parquet", table)
+            name = f"predictions/unlabeled/{number:05d}.parquet"
+            entries.append(publish_file(store, artifact_folder("labels", key), name, folder / "p.parquet", len(table)))
+    return Manifest(
+        kind="labels", key=key, stage="label", stage_version=1, config={}, inputs={}, files=tuple(entries), metrics={"class_names": names}
+    )  # fmt: skip
+
+
+def rows_of(store: Store, manifest: Manifest) -> dict[str, tuple[int, float]]:
+    rows = [row for table in read_tables(store, manifest.files) for row in table.to_pylist()]
+    return {row["key"]: (row["label"], row["confidence"]) for row in rows}
+
+
+def test_the_difference_is_that_of_a_join_by_hand(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    a = labels(store, "a", [f"k{n}" for n in range(200)], seed=1)
+    b = labels(store, "b", [f"k{n}" for n in range(250, 20, -1)], seed=2, files=5)
+    found = diff_labels(store, a, b, 0.6)
+    before, after = rows_of(store, a), rows_of(store, b)
+    both = sorted(before.keys() & after.keys())
+    assert (found.images, found.only_in_a, found.only_in_b) == (len(both), 21, 51)
+    assert found.flipped == sum(before[k][0] != after[k][0] for k in both)
+    assert found.shift == pytest.approx(np.mean([after[k][1] - before[k][1] for k in both]))
+    assert found.won == sum(after[k][1] >= 0.6 > before[k][1] for k in both)
+    assert found.lost == sum(before[k][1] >= 0.6 > after[k][1] for k in both)
+    flips = {(row["from_class"], row["to_class"]): row["images"] for row in found.flips}
+    expected: dict[tuple[str, str], int] = {}
+    for k in both:
+        pair = NAMES[before[k][0]], NAMES[after[k][0]]
+        if pair[0] != pair[1]:
+            expected[pair] = expected.get(pair, 0) + 1
+    assert flips == expected
+    assert [row["images"] for row in found.flips] == sorted(expected.values(), reverse=True)
+    assert sum(row["flipped"] for row in found.per_class) == found.flipped
+    assert {row["class_name"]: row["images"] for row in found.per_class} == {
+        name: sum(before[k][0] == n for k in both) for n, name in enumerate(NAMES)
+    }
+
+
+def test_labels_of_other_classes_and_what_are_no_labels_are_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    a = labels(store, "a", ["k1", "k2", "k3"], seed=1)
+    with pytest.raises(UserError, match="other classes"):
+        diff_labels(store, a, labels(store, "b", ["k1", "k2", "k3"], seed=1, names=["cat", "dog", "emu"]), 0.3)
+    with pytest.raises(UserError, match="no label artifact but a model"):
+        diff_labels(store, a.model_copy(update={"kind": "model"}), a, 0.3)
