@@ -13,7 +13,7 @@ from storage.errors import DamagedObject, StoreError, UserError
 from storage.fingerprints import file_digests
 from storage.keys import Config
 from storage.local import LocalBackend
-from storage.objects import open_backend
+from storage.places import open_backend
 
 WILD = "*?["
 MD5 = re.compile("[0-9a-f]{32}")

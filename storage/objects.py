@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import unquote
 
 from pydantic import BaseModel, ValidationError
 
-from storage.backend import Backend, ObjectInfo, refuse_credentials
+from storage.backend import Backend, ObjectInfo
 from storage.cache import Cache, node_cache
 from storage.errors import DamagedObject, MissingObject, StoreError
 from storage.local import LocalBackend
+from storage.places import checked, missing, open_backend, outside
 from storage.seals import sealed, unsealed
 
 FORMAT = 1  # of the store as a whole: folders and records
@@ -134,7 +134,10 @@ class Store:
     def read_range(self, path: str, offset: int, size: int) -> bytes:
         """Some bytes of an object, unverified: the caller checks them."""
         backend, name = self._place(path)
-        return backend.read_range(name, offset, size)
+        try:
+            return backend.read_range(name, offset, size)
+        except MissingObject:
+            raise missing(self.url, path) from None
 
     def read_verified(self, path: str, sha256: str) -> bytes:
         """The object's bytes, checked. Raises DamagedObject where they are not those that were written."""
@@ -230,7 +233,10 @@ class Store:
     def blocks(self, entry: Located) -> Iterator[bytes]:
         """An object in order, in blocks, unverified: the caller checks them."""
         backend, name = self._place(entry.path)
-        return backend.blocks(name, entry.bytes)
+        try:
+            yield from backend.blocks(name, entry.bytes)
+        except MissingObject:
+            raise missing(self.url, entry.path) from None
 
     @contextmanager
     def local_copy(self, entry: Located) -> Iterator[Path]:
@@ -267,7 +273,7 @@ class Store:
         try:
             return os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise MissingObject(f"{self.url}: object {entry.path} is missing; run `nst run` again") from None
+            raise missing(self.url, entry.path) from None
         except OSError as error:
             raise StoreError(f"{self.url}: object {entry.path} cannot be read ({error.strerror})") from error
 
@@ -322,9 +328,7 @@ class Store:
         try:
             found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise MissingObject(
-                f"{self.url}: object {entry.path} is missing; `nst verify --all --discard` and `nst run` make it anew"
-            ) from None
+            raise missing(self.url, entry.path) from None
         state = (found.st_ino, found.st_mtime_ns, found.st_size)
         if self._trusted.get(entry.path) != state:
             if found.st_size != entry.bytes or self.hash_object(entry) != entry.sha256:
@@ -367,36 +371,3 @@ class Store:
             f"{self.url}: object {path} is damaged: its sha256 is not the one in its manifest; `nst verify --all --discard` "
             "and `nst run` make it anew"
         )
-
-
-def open_backend(url: str) -> Backend:
-    """The kind of store that a URL names. Raises StoreError on a URL that names none."""
-    refuse_credentials(url, "store")
-    scheme = url.partition("://")[0] if "://" in url else "file"
-    if not url:
-        raise StoreError("the store's URL is empty; give a folder, a file:// URL or an s3:// URL with --store")
-    if scheme == "s3":
-        from storage.s3 import S3Backend  # s3fs takes a second to load
-
-        return S3Backend(url)
-    if scheme == "file":
-        return LocalBackend(url)
-    raise StoreError(
-        f"store {scheme}://...: scheme {scheme!r} is not supported; use a folder, a file:// or an s3:// URL"
-    )
-
-
-def outside(path: str) -> tuple[str, str]:
-    """For an object outside the store its root and its path there; `("", path)` for one of the store."""
-    scheme, separator, rest = path.partition("://")
-    if not separator:
-        return "", path
-    host, _, name = rest.partition("/")
-    return f"{scheme}://{host or '/'}", unquote(name) if scheme == "file" else name
-
-
-def checked(path: str) -> str:
-    """The path. Raises StoreError on one that leaves the store."""
-    if ".." in path.split("/") or path.startswith("/"):
-        raise StoreError(f"object path {path!r} leaves the store; paths are relative and without '..'")
-    return path

@@ -184,12 +184,14 @@ def check_rejects(config: DataConfig, split: str, parts: Sequence[Part]) -> dict
     return {"images": kept, "rejected": rejected}
 
 
-def shard_entry(part: Part) -> FileEntry:
-    """The tar of a part: its own, or the one that it registered where it lies."""
-    if "in_place" not in part.facts:
+def shard_entry(part: Part, location: str = "") -> FileEntry:
+    """The tar of a part: its own, or the one at `location` (a URL) that it registered. The part does not say where that
+    lies, so that tars may move: a rerun finds them again without reading them."""
+    if not location:
         return part.file("shard.tar")
-    url, size, sha256 = part.facts["in_place"]
-    return FileEntry(name="shard.tar", path=url, bytes=size, sha256=sha256, rows=part.file("index.parquet").rows)
+    tar = part.facts["tar"]
+    rows = part.file("index.parquet").rows
+    return FileEntry(name="shard.tar", path=location, bytes=tar["bytes"], sha256=tar["sha256"], rows=rows)
 
 
 def name_files(
@@ -240,7 +242,7 @@ def _write_shard(store: Store, stretch: Stretch, source: Source, on_read: Any) -
             "rejects": [f"{r['source']} row {r['row']}: {r['reason']}" for r in rejects[:FIRST_REJECTS]]
         }
         if stretch.in_place:
-            facts["in_place"] = source.in_place(stretch.file)
+            facts["tar"] = {"bytes": stretch.file.bytes, "sha256": source.sha256(stretch.file)}
         files |= _write_tables(folder, rows, rejects)
         publish_part(store, STAGE, stretch.part_key(), NO_NUMERICS, files, facts)
 

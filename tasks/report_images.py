@@ -50,8 +50,8 @@ def leak_section(store: Store, unlabeled: Manifest, evaluation: Manifest, most: 
     if not counts:
         return None
     rows = read_table(store, unlabeled.file("leaks.parquet")).to_pylist()
-    tars = {shard.path for shard in shard_files(unlabeled, "unlabeled")}
-    rows = [row for row in rows if row["shard"] in tars]
+    paths = {shard.name: shard.path for shard in shard_files(unlabeled, "unlabeled")}
+    rows = [{**row, "shard": paths[row["shard"]]} for row in rows if row["shard"] in paths]
     picked = [
         row for kind in counts for row in _spread([r for r in rows if r["kind"] == kind], max(1, most // len(counts)))
     ]

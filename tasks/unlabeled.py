@@ -67,14 +67,19 @@ def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, 
     Raises UserError on missing files and on too many rejects.
     """
     source, data = open_source(config), inputs["data"]
-    parts = ingest(context, config, plan_stretches(config, source.files([SPLIT])))
+    stretches = plan_stretches(config, source.files([SPLIT]))
+    parts = ingest(context, config, stretches)
+    tars = [
+        shard_entry(p, source.location(s.file) if s.in_place else "") for s, p in zip(stretches, parts, strict=True)
+    ]
     counts = check_rejects(config, SPLIT, parts)
     guarded = guard(context, config.leaks, data, parts) if config.leaks.enabled else []
     kept = [next((entry for entry in part.files if entry.name == "index.parquet"), None) for part in guarded]
     indices = [own or part.file("index.parquet") for own, part in zip_longest(kept, parts)]
     rejects = [part.file("rejects.parquet") for part in parts]
-    files = name_files(SPLIT, list(zip(map(shard_entry, parts), indices, strict=True)), rejects)
-    leaks = _all_leaks(context.store, parts, guarded)
+    files = name_files(SPLIT, list(zip(tars, indices, strict=True)), rejects)
+    names = {entry.path: entry.name for entry in files}
+    leaks = _all_leaks(context.store, [names.get(tar.path, "") for tar in tars], guarded)
     with context.store.staging() as folder:
         write_parquet(folder / LEAKS_FILE, leaks)
         place = artifact_folder("dataset", context.key)
@@ -165,12 +170,12 @@ def first_64_bits(digests: pa.ChunkedArray) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(text[:16] for text in digests.to_pylist())), ">u8").astype(np.uint64)
 
 
-def _all_leaks(store: Store, parts: Sequence[Part], guarded: Sequence[Part]) -> pa.Table:
-    """The leaks of all shards, each with its shard."""
+def _all_leaks(store: Store, shards: Sequence[str], guarded: Sequence[Part]) -> pa.Table:
+    """The leaks of all shards, each with its shard's name; empty for one of which nothing is left."""
     tables = [LEAKS_SCHEMA.append(pa.field("shard", pa.string())).empty_table()]
     found = read_tables(store, [part.file(LEAKS_FILE) for part in guarded])
-    for part, table in zip(parts, found, strict=False):
-        tables.append(table.append_column("shard", pa.array([shard_entry(part).path] * len(table), pa.string())))
+    for shard, table in zip(shards, found, strict=False):
+        tables.append(table.append_column("shard", pa.array([shard] * len(table), pa.string())))
     return pa.concat_tables(tables)
 
 

@@ -80,8 +80,12 @@ class Source(Protocol):
         """The images of the rows [first, last), in order, one at a time; `last` may be UNKNOWN_ROWS: to the end."""
         ...
 
-    def in_place(self, file: SourceFile) -> tuple[str, int, str] | None:
-        """URL, bytes and sha256 of a file whose images can be read where they lie; known once it was read to the end."""
+    def location(self, file: SourceFile) -> str:
+        """The URL of a file whose images can be read where they lie; empty where they cannot."""
+        ...
+
+    def sha256(self, file: SourceFile) -> str:
+        """The digest of such a file, once it was read to its end."""
         ...
 
 

@@ -76,8 +76,13 @@ class DigitsSource:
             label = -1 if file.split == "unlabeled" else int(self._digits[1][number])
             yield RawImage(stream.getvalue(), path, label)
 
-    def in_place(self, file: SourceFile) -> None:
-        """These images lie in no file of their own."""
+    def location(self, file: SourceFile) -> str:
+        """None: these images lie in no file of their own."""
+        return ""
+
+    def sha256(self, file: SourceFile) -> str:
+        """None."""
+        return ""
 
     @cached_property
     def _rows(self) -> dict[str, list[tuple[str, int]]]:

@@ -71,9 +71,13 @@ class FilesSource:
         images: Iterator[RawImage] = readers[self._kind(file)][file.split].read(file, first, last)
         return images
 
-    def in_place(self, file: SourceFile) -> tuple[str, int, str] | None:
-        """A tar's place."""
-        return self._tars[file.split].in_place(file)
+    def location(self, file: SourceFile) -> str:
+        """Where a tar lies."""
+        return self._tars[file.split].location(file) if self._kind(file) == "tars" else ""
+
+    def sha256(self, file: SourceFile) -> str:
+        """The digest of a tar."""
+        return self._tars[file.split].sha256(file)
 
     @staticmethod
     def _kind(file: SourceFile) -> str:

@@ -43,10 +43,13 @@ class TarFiles:
         samples = self._samples(file)
         yield from islice(samples, first, None if last == UNKNOWN_ROWS else last)
 
-    def in_place(self, file: SourceFile) -> tuple[str, int, str] | None:
-        """Where the tar lies, and what it holds."""
-        sha256 = self._digests.get(file.name)
-        return (self._folder.url_of(file.name), file.bytes, sha256) if sha256 else None
+    def location(self, file: SourceFile) -> str:
+        """Where the tar lies."""
+        return self._folder.url_of(file.name)
+
+    def sha256(self, file: SourceFile) -> str:
+        """The digest of a tar that was read to its end."""
+        return self._digests[file.name]
 
     def _samples(self, file: SourceFile) -> Iterator[RawImage]:
         tag = file.sha256.removeprefix("etag:") if file.sha256.startswith("etag:") else ""

@@ -100,8 +100,13 @@ class TorchvisionSource:
             path = f"{part}/{number:06d}.png"
             yield RawImage(stream.getvalue(), path, -1 if file.split == "unlabeled" else int(label))
 
-    def in_place(self, file: SourceFile) -> None:
-        """These images lie in no file of their own."""
+    def location(self, file: SourceFile) -> str:
+        """None: these images lie in no file of their own."""
+        return ""
+
+    def sha256(self, file: SourceFile) -> str:
+        """None."""
+        return ""
 
     def _stretches(self, split: str) -> list[tuple[str, np.ndarray]]:
         """Which images of which part of the data set a split has."""

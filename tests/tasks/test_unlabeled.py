@@ -223,6 +223,23 @@ def test_a_registered_tar_that_changed_or_vanished_is_named(store: Store, crawl:
     tar.unlink()
     with pytest.raises(StoreError, match=r"crawl/00000\.tar is missing"):
         check_files(store, manifest.files)
+    with pytest.raises(
+        StoreError, match=r"crawl/00000\.tar is missing; it was registered in place: put it back, or set"
+    ):
+        ShardReader(store, shard_files(manifest, "unlabeled")).read(
+            row["shard"], row["offset"], row["bytes"], row["sha256"]
+        )
+
+
+def test_tars_that_moved_are_registered_anew_without_being_read(store: Store, crawl: Path, tmp_path: Path) -> None:
+    before = run(store, crawl, unlabeled="crawl")
+    parts = store.paths("parts/ingest")
+    moved = crawl.rename(tmp_path / "moved")
+    after = run(store, moved, unlabeled="crawl")
+    assert store.paths("parts/ingest") == parts, "nothing was read again"
+    here = [file.path for file in after.files if file.name.startswith("shards/unlabeled")]
+    assert here == [(moved / f"crawl/{n:05d}.tar").as_uri() for n in range(2)]
+    assert [(f.name, f.sha256) for f in after.files] == [(f.name, f.sha256) for f in before.files]
 
 
 def test_tars_in_a_bucket_are_registered_by_a_store_on_disk(s3: str, tmp_path: Path, crawl: Path) -> None:
