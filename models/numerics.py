@@ -8,13 +8,13 @@ from typing import Any
 from models.compute import ComputeConfig
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
-# (seconds to set up, seconds for 10^9 multiply-adds on one core): EfficientNet-Lite0 (0.4 x 10^9) at 224 px, batch 16,
-# on an AMD EPYC with avx512_bf16, rounded in favor of the plainer way
+# (seconds to set up, seconds for 10^9 multiply-adds on one core while the other one works too): EfficientNet-Lite0
+# (0.4 x 10^9) at 224 px, batch 16, on an AMD EPYC with avx512_bf16; compiling takes about 10 s there, in every process
 COST = {
-    ("float32", False): (0.0, 0.050),
-    ("float32", True): (25.0, 0.040),
-    ("bfloat16", False): (3.0, 0.021),
-    ("bfloat16", True): (25.0, 0.016),
+    ("float32", False): (0.0, 0.060),
+    ("float32", True): (15.0, 0.048),
+    ("bfloat16", False): (3.0, 0.027),
+    ("bfloat16", True): (15.0, 0.017),
 }
 GPU_SPEEDUP = 500.0
 VERSIONED = ("torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "webdataset", "prefect", "duckdb")
