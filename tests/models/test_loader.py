@@ -3,13 +3,16 @@
 import io
 import shutil
 import tarfile
+import tempfile
 from collections import Counter
+from multiprocessing import current_process
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from models import loader
 from models.configs import TrainConfig
 from models.loader import IndexedImages, PseudoLabels, ReplicaBatch, TrainingBatches, normalize, training_loader
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder
@@ -62,6 +65,20 @@ def test_a_batch_does_not_depend_on_loader_processes_or_on_the_first_step(
     found = list(training_loader(batches(artifacts), first_step, STEPS, workers))
     assert len(found) == STEPS - first_step
     assert all(same(*pair) for pair in zip(found, undisturbed[first_step:], strict=True))
+
+
+def test_a_temporary_folder_with_a_long_path_holds_no_batch_up(
+    artifacts: Artifacts, undisturbed: list[list[ReplicaBatch]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors travel over sockets made there, and a socket's path may have 107 bytes."""
+    folder = tmp_path / ("long " * 20)
+    folder.mkdir()
+    monkeypatch.setattr(loader, "BATCH_TIMEOUT_S", 20)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    found = list(training_loader(batches(artifacts), STEPS - 2, STEPS, 1))
+    assert all(same(*pair) for pair in zip(found, undisturbed[-2:], strict=True))
+    assert tempfile.tempdir == str(folder)
 
 
 def test_batches_differ_between_steps_replicas_and_seeds(
