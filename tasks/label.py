@@ -1,6 +1,6 @@
 """label: the un-noised weight average of a model predicts every image of a data set, two Parquet files a shard."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,16 @@ def label(context: StageContext, config: LabelConfig, inputs: dict[str, Manifest
     """
     selection = inputs.get("selection")
     source, split = (selection, "train") if selection else (inputs["data"], "unlabeled")
-    models = [inputs[role] for role in sorted(inputs, key=_number) if role.partition(".")[0] == "model"]
+    models = [inputs[role] for role in model_roles(inputs)]
     files = Predictions(context, "labels", models, source, config, unique=selection is not None).of([split])[split]
     predictions = [entry for entry in files if entry.name.startswith("predictions/")]
     metrics = _summary(context.store, predictions, models[0].metrics["class_names"])
     return StageResult(files, metrics, {"numerics": agreed_numerics(context.store, "labels", context.key)})
+
+
+def model_roles(inputs: Iterable[str]) -> list[str]:
+    """Of the roles of a label stage's inputs those of its teachers, the first first: `model`, `model.2`, `model.3`."""
+    return sorted((role for role in inputs if role.partition(".")[0] == "model"), key=_number)
 
 
 def predict(
