@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flows.terminal import JsonOption, StoreOption, artifact_of, console
 from storage.artifacts import get
@@ -97,7 +98,9 @@ def _print_biography(found: Biography) -> None:
             f"left out of {leak['dataset']}: {leak['kind']} copy of {leak['evaluation_key']} (distance {leak['distance']:.3f})"
         )
     for row in found.labels:
-        _say(f"{row['labels']}: {row['class_name']} with confidence {row['confidence']:.4f}, by {row['model']}")
+        _say(
+            f"{row['labels']}: {row['class_name']} with confidence {row['confidence']:.4f}, by {', '.join(row['models'])}"
+        )
     for row in found.selections:
         threshold = f", threshold of its class {row['threshold']:.4f}" if row["threshold"] is not None else ""
         copies = f", {row['copies']} {'copy' if row['copies'] == 1 else 'copies'}" if row["copies"] else ""
@@ -115,7 +118,8 @@ def _print_diff(found: LabelDiff, a: str, b: str) -> None:
     _say(f"at confidence >= {found.min_confidence:g}: {found.won:,} won, {found.lost:,} lost")
     flips = _table("from", "to", "images", "confidence")
     for row in found.flips[:FEW]:
-        flips.add_row(row["from_class"], row["to_class"], f"{row['images']:,}", f"{row['old']:.3f} -> {row['new']:.3f}")
+        confidences = f"{row['old']:.3f} -> {row['new']:.3f}"
+        flips.add_row(Text(row["from_class"]), Text(row["to_class"]), f"{row['images']:,}", confidences)
     console.print(flips)
     classes = _table("class", "images", "flipped", "shift", "won", "lost")
     for row in sorted(found.per_class, key=lambda row: -row["flipped"])[:FEW]:
@@ -126,7 +130,7 @@ def _print_diff(found: LabelDiff, a: str, b: str) -> None:
             f"{row['won']:,}",
             f"{row['lost']:,}",
         )
-        classes.add_row(row["class_name"], *numbers)
+        classes.add_row(Text(row["class_name"]), *numbers)
     console.print(classes)
     hidden = max(len(found.flips), len(found.per_class)) - FEW
     if hidden > 0:
@@ -143,7 +147,7 @@ def _print_story(story: ClassStory, picture: Path | None) -> None:
     table = _table("kept, most confident", "", "kept, least confident", "", "dropped, most confident", "")
     columns = (story.most_confident, story.least_confident, story.nearest_dropped)
     for rank in range(min(FEW, max(map(len, columns)))):
-        cells = [cell for rows in columns for cell in ((rows[rank]["key"], f"{rows[rank]['confidence']:.4f}") if rank < len(rows) else ("", ""))]  # fmt: skip
+        cells = [cell for rows in columns for cell in ((Text(rows[rank]["key"]), f"{rows[rank]['confidence']:.4f}") if rank < len(rows) else ("", ""))]  # fmt: skip
         table.add_row(*cells)
     console.print(table)
     if picture is not None:
@@ -158,7 +162,7 @@ def _table(*columns: str) -> Table:
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 COMMANDS = (sample, diff, explain)

@@ -59,6 +59,11 @@ def list_experiments(store: Store) -> list[str]:
     return sorted({path.split("/")[1] for path in store.paths("runs")})
 
 
+def list_runs(store: Store, experiment: str) -> list[RunRecord]:
+    """All runs of an experiment, the oldest first."""
+    return [read_run(store, f"{experiment}/{number}") for number in _numbers(store, f"runs/{experiment}")]
+
+
 def latest_run(store: Store, experiment: str) -> RunRecord | None:
     """The experiment's newest run record, or None."""
     numbers = _numbers(store, f"runs/{experiment}")

@@ -20,6 +20,7 @@ from storage.shards import ShardReader, read_table, shard_files
 from tasks import report_figures as figures
 from tasks.contract import StageContext, StageResult
 from tasks.inspection.images import locate_images
+from tasks.label import model_roles
 from tasks.report_images import data_uri, leak_section, shown
 from tasks.results import result_records
 from tasks.selection.config import SelectConfig
@@ -223,7 +224,7 @@ def _section(
     labels, selection = stages.get("label"), stages.get("select")
     by_key = {manifest.key: name for name, manifest in inputs.items()}
     settings = SelectConfig.model_validate(selection.config) if selection else None
-    drawn = []
+    drawn, teachers = [], [labels.inputs[role] for role in model_roles(labels.inputs)] if labels else []
     if labels:
         drawn.append(_histogram(labels, selection, settings))
     if selection and settings:
@@ -231,7 +232,7 @@ def _section(
     return {
         "number": number,
         "labels": labels.metrics if labels else None,
-        "labeled_by": by_key.get(labels.inputs["model"], labels.inputs["model"][:KEY_DIGITS]) if labels else "",
+        "labeled_by": ", ".join(by_key.get(key, key[:KEY_DIGITS]) for key in teachers),
         "selection": selection.metrics if selection else None,
         "settings": settings,
         "figures": drawn,
@@ -294,7 +295,7 @@ def _grids(store: Store, config: ReportConfig, inputs: dict[str, Manifest], sele
         for fate in ("kept", "dropped")
     }
     places = locate_images(store, data, "unlabeled", [row["key"] for rows in picked.values() for row in rows])
-    reader, grids = ShardReader(store, shard_files(data, "unlabeled")), []
+    reader, grids = ShardReader(store, shard_files(data, "unlabeled"), whole=False), []
     try:
         for fate, rows in picked.items():
             tiles = [_tile(reader, row, places[row["key"]], names[row["label"]]) for row in rows]
@@ -320,7 +321,8 @@ def _class_accuracy(store: Store, records: list[Row], inputs: dict[str, Manifest
     summary = f"{student} is better than 0/teacher in {better} of {len(names)} classes and worse in {worse}."
     columns = zip(names, sizes.tolist(), before.tolist(), after.tolist(), gains.tolist(), strict=True)
     rows = [dict(zip(("name", "images", "before", "after", "gain"), c, strict=True)) for c in columns if c[1]]
-    if len(rows) > figures.MOST_BARS:
+    cut = len(rows) > figures.MOST_BARS
+    if cut:
         rows.sort(key=lambda row: -row["gain"])
         rows = rows[: MOST_CLASS_ROWS // 2] + rows[-MOST_CLASS_ROWS // 2 :]
     figure = _figure(
@@ -329,7 +331,7 @@ def _class_accuracy(store: Store, records: list[Row], inputs: dict[str, Manifest
         summary,
         lambda theme: figures.class_accuracy(theme, names, before, after, student),
     )
-    return {"figure": figure, "rows": rows, "student": student, "all": len(rows) == len(names)}
+    return {"figure": figure, "rows": rows, "student": student, "all": not cut}
 
 
 def _test_classes(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -8,9 +8,10 @@ from typing import Any
 from storage.artifacts import Manifest, list_artifacts
 from storage.errors import UserError
 from storage.objects import Store
-from storage.runs import list_experiments, read_run
+from storage.runs import list_experiments, list_runs
 from storage.shards import index_name, shard_files
 from tasks.inspection.images import FILES_AT_ONCE, batched, locate_images
+from tasks.label import model_roles
 from tasks.selection.decisions import DECISIONS_FILE
 from tasks.sources import SPLITS
 
@@ -26,7 +27,7 @@ class Biography:
         default_factory=list
     )  # data set, split, shard, offset, bytes, sha256, size, label, source
     leaks: list[Row] = field(default_factory=list)  # data set, evaluation_key, kind, distance
-    labels: list[Row] = field(default_factory=list)  # labels, model, label, class_name, confidence
+    labels: list[Row] = field(default_factory=list)  # labels, models, label, class_name, confidence
     selections: list[Row] = field(default_factory=list)  # selection, decision, copies, threshold, shards, students
 
 
@@ -45,10 +46,10 @@ def biography(store: Store, key: str) -> Biography:
     for labels in (m for m in manifests if m.kind == "labels"):
         for row in _matching(store, labels, "predictions/", "key", key):
             own = {"class_name": labels.metrics["class_names"][row["label"]]}
-            labeled_by = names.get(labels.inputs["model"], labels.inputs["model"])
-            found.labels.append({"labels": names.get(labels.key, labels.key), "model": labeled_by, **row, **own})
+            teachers = [names.get(key, key) for key in (labels.inputs[role] for role in model_roles(labels.inputs))]
+            found.labels.append({"labels": names.get(labels.key, labels.key), "models": teachers, **row, **own})
             for selection in _followers(manifests, "selection", "labels", labels.key):
-                found.selections.append(_chosen(store, manifests, names, labels, selection, row["place"], key))
+                found.selections.append(_chosen(store, manifests, names, selection, row))
     return found
 
 
@@ -56,15 +57,15 @@ def artifact_names(store: Store) -> dict[str, str]:
     """Artifact key -> its name in the newest run that has it, such as `digits/2/student`."""
     names: dict[str, str] = {}
     for experiment in list_experiments(store):
-        for node in read_run(store, experiment).nodes:
-            names[node.key] = f"{experiment}/{node.name}"
+        for run in list_runs(store, experiment):
+            names |= {node.key: f"{experiment}/{node.name}" for node in run.nodes}
     return names
 
 
 def _chosen(
-    store: Store, manifests: Sequence[Manifest], names: dict[str, str], labels: Manifest, selection: Manifest, place: int, key: str
-) -> Row:  # fmt: skip
-    """What a selection made of the image that stands at `place` among its labels."""
+    store: Store, manifests: Sequence[Manifest], names: dict[str, str], selection: Manifest, labeled: Row
+) -> Row:
+    """What a selection made of an image, by its row among the labels."""
     import duckdb
 
     with (
@@ -74,12 +75,14 @@ def _chosen(
         ),
         duckdb.connect() as connection,
     ):
-        query = "SELECT decision, copies FROM read_parquet($file) LIMIT 1 OFFSET $place"
-        fate = connection.execute(query, {"file": str(decisions), "place": place}).fetchone() or ("unknown", 0)
-        label = next(_matching(store, labels, "predictions/", "key", key))["label"]
-        query = "SELECT threshold FROM read_parquet($file) WHERE label = $label"
-        (threshold,) = connection.execute(query, {"file": str(classes), "label": label}).fetchone() or (None,)
-    copies = {row["file"] for row in _matching(store, selection, "index/", "source_key", key)} if fate[1] else set()
+        query = "SELECT decision, copies FROM read_parquet($file, hive_partitioning = false) LIMIT 1 OFFSET $place"
+        values = {"file": str(decisions), "place": labeled["place"]}
+        fate = connection.execute(query, values).fetchone() or ("unknown", 0)
+        query = "SELECT threshold FROM read_parquet($file, hive_partitioning = false) WHERE label = $label"
+        values = {"file": str(classes), "label": labeled["label"]}
+        (threshold,) = connection.execute(query, values).fetchone() or (None,)
+    written = _matching(store, selection, "index/", "source_key", labeled["key"]) if fate[1] else ()
+    copies = {row["file"] for row in written}
     students = [names.get(m.key, m.key) for m in _followers(manifests, "model", "selection", selection.key)]
     return {
         "selection": names.get(selection.key, selection.key),

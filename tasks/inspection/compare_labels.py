@@ -1,11 +1,13 @@
 """`nst diff`: two label versions of the same images: who changed class, how confidence moved, what is won and lost."""
 
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 from storage.artifacts import Manifest
 from storage.errors import UserError
 from storage.objects import Store
+from tasks.inspection.images import FILES_AT_ONCE, batched
 
 Row = dict[str, Any]
 
@@ -46,8 +48,7 @@ def diff_labels(store: Store, a: Manifest, b: Manifest, min_confidence: float) -
         CREATE TEMP TABLE pairs AS
         SELECT a.label AS before, b.label AS after, a.confidence AS old, b.confidence AS new,
             a.key IS NULL AS only_b, b.key IS NULL AS only_a
-        FROM read_parquet($a, hive_partitioning = false) AS a
-        FULL JOIN read_parquet($b, hive_partitioning = false) AS b ON a.key = b.key
+        FROM a FULL JOIN b ON a.key = b.key
     """
     facts = """
         count(*) AS images, coalesce(sum((before != after)::INT), 0)::BIGINT AS flipped,
@@ -56,13 +57,11 @@ def diff_labels(store: Store, a: Manifest, b: Manifest, min_confidence: float) -
         coalesce(sum((old >= $least::FLOAT AND new < $least::FLOAT)::INT), 0)::BIGINT AS lost
     """
     both = "FROM pairs WHERE NOT only_a AND NOT only_b"
-    with store.staging() as folder, duckdb.connect() as connection:
-        connection.execute("SET temp_directory = $folder", {"folder": str(folder)})
-        with (
-            store.local_copies(a.files_under("predictions/")) as paths_a,
-            store.local_copies(b.files_under("predictions/")) as paths_b,
-        ):
-            connection.execute(joined, {"a": [str(p) for p in paths_a], "b": [str(p) for p in paths_b]})
+    with tempfile.TemporaryDirectory(prefix="nst-diff-") as folder, duckdb.connect() as connection:
+        connection.execute("SET temp_directory = $folder", {"folder": folder})
+        for name, manifest in (("a", a), ("b", b)):
+            _load(connection, name, store, manifest)
+        connection.execute(joined)
         least = {"least": min_confidence}
         (total,) = _rows(connection, f"SELECT {facts} {both}", least)
         ends = "SELECT count(*) FILTER (only_a) AS a, count(*) FILTER (only_b) AS b FROM pairs"
@@ -82,6 +81,17 @@ def diff_labels(store: Store, a: Manifest, b: Manifest, min_confidence: float) -
     return LabelDiff(
         only_in_a=only["a"], only_in_b=only["b"], min_confidence=min_confidence, flips=flipped, per_class=per_class, **total
     )  # fmt: skip
+
+
+def _load(connection: Any, name: str, store: Store, labels: Manifest) -> None:
+    """Make a table of an artifact's predictions; of a bucket's files only some at once are kept here."""
+    connection.execute(f"CREATE TEMP TABLE {name} (key VARCHAR, label INTEGER, confidence FLOAT)")
+    query = f"""
+        INSERT INTO {name} SELECT key, label, confidence FROM read_parquet($files, hive_partitioning = false)
+    """
+    for some in batched(labels.files_under("predictions/"), FILES_AT_ONCE):
+        with store.local_copies(some) as paths:
+            connection.execute(query, {"files": [str(path) for path in paths]})
 
 
 def _rows(connection: Any, query: str, values: Row | None = None) -> list[Row]:

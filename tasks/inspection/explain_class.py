@@ -58,7 +58,8 @@ def explain_class(store: Store, selection: Manifest, labels: Manifest, name: str
             counts,
             pick("copies > 0", "confidence DESC"),
             pick("copies > 0", "confidence"),
-            pick("copies = 0", "confidence DESC"),
+            # what an interval drops for too much confidence is farther from it than what is below
+            pick("copies = 0", "decision = 'above_confidence', confidence DESC"),
         )
 
 

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from flows.inspect_commands import COUNTS, _print_biography, _print_diff, _print_story
 from storage.artifacts import get
 from storage.objects import Store
 from storage.runs import resolve_ref
 from storage.shards import read_index, read_table
+from tasks.inspection.biography import Biography
+from tasks.inspection.compare_labels import LabelDiff
+from tasks.inspection.explain_class import ClassStory
 from tests.flows import runs
 
 
@@ -39,7 +43,7 @@ def test_sample_tells_an_images_whole_story(store: str) -> None:
     (place,) = story["places"]
     assert (place["dataset"], place["split"], place["sha256"]) == ("digits/unlabeled", "unlabeled", kept["sha256"])
     (label,) = story["labels"]
-    assert (label["labels"], label["model"], label["label"]) == ("digits/1/label", "digits/0/teacher", kept["label"])
+    assert (label["labels"], label["models"], label["label"]) == ("digits/1/label", ["digits/0/teacher"], kept["label"])
     assert label["confidence"] == pytest.approx(kept["confidence"])
     (chosen,) = story["selections"]
     assert (chosen["selection"], chosen["decision"]) == ("digits/1/select", "kept")
@@ -69,7 +73,7 @@ def test_sample_knows_labeled_images_and_names_a_key_that_nobody_knows(store: st
     assert "no data set of" in nst("sample", "nobody", "--store", store, code=2)
 
 
-def test_diff_of_labels_with_themselves_finds_nothing_and_with_others_adds_up(store: str) -> None:
+def test_diff_of_labels_with_themselves_finds_nothing(store: str) -> None:
     same = as_json("diff", "digits/1/label", "digits/1/label", "--store", store)
     images = artifact(store, "digits/1/label").metrics["images"]
     assert (same["images"], same["flipped"], same["shift"], same["won"], same["lost"]) == (images, 0, 0, 0, 0)
@@ -78,6 +82,19 @@ def test_diff_of_labels_with_themselves_finds_nothing_and_with_others_adds_up(st
     assert "no label artifact but a selection" in nst(
         "diff", "digits/1/label", "digits/1/select", "--store", store, code=2
     )
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[unknown]", ":dog:", "owl"])
+def test_names_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not taken for the terminal's markup."""
+    row = {"images": 3, "flipped": 1, "shift": 0.1, "won": 0, "lost": 0}
+    flips = [{"from_class": name, "to_class": "cat", "images": 1, "old": 0.1, "new": 0.2}]
+    totals = {"only_in_a": 0, "only_in_b": 0, "min_confidence": 0.3}
+    _print_diff(LabelDiff(**row, **totals, flips=flips, per_class=[{"class_name": name, **row}]), name, name)
+    counts = {"label": 0, "threshold": 0.3, **dict.fromkeys(COUNTS, 1)}
+    _print_story(ClassStory(name, counts, [{"key": name, "confidence": 0.5}], [], []), None)
+    _print_biography(Biography(name, leaks=[{"dataset": name, "kind": "near", "evaluation_key": "k", "distance": 0.0}]))
+    assert capsys.readouterr().out.count(name) == 7
 
 
 def test_explain_counts_a_class_and_draws_it(store: str, tmp_path: Path) -> None:
@@ -89,7 +106,6 @@ def test_explain_counts_a_class_and_draws_it(store: str, tmp_path: Path) -> None
     assert story["counts"] == counts
     confidences = [row["confidence"] for row in story["most_confident"]]
     assert confidences == sorted(confidences, reverse=True)
-    assert min(confidences) >= story["least_confident"][-1]["confidence"] or len(confidences) < 5
     assert all(row["copies"] for row in [*story["most_confident"], *story["least_confident"]])
     assert not any(row["copies"] for row in story["nearest_dropped"])
     assert f"{counts['kept']:,} kept" in nst(*line, "--picture", str(picture))
