@@ -219,6 +219,8 @@ def _set_up_prefect(mode: PrefectMode) -> None:
         os.environ.pop("PREFECT_API_URL", None)
         os.environ["PREFECT_PROFILE"] = "ephemeral"  # Prefect's own, whichever profile the user has made active
         os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+        # 20 s by default, which a machine that has just installed everything may take to read it from disk
+        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what happened is on the display
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
         return
