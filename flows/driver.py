@@ -11,6 +11,7 @@ from flows.graph import ROLES, STAGES, Node, build_graph, resolve_keys
 from models.compute import LocalEngine
 from models.launch import warm_up
 from models.numerics import package_versions
+from models.pretrained import locate
 from storage.artifacts import Manifest, find, find_part, publish_part
 from storage.errors import UserError
 from storage.keys import digest
@@ -21,7 +22,7 @@ from storage.shards import shard_files
 from tasks.ingest import fingerprint, open_source
 from tasks.sources import LABELED_SPLITS, SPLITS, SourceFile
 from tasks.stage import StageOutcome, StageRequest, missing_inputs
-from tasks.train import check_batches, check_unlabeled_batch
+from tasks.train import check_batches, check_compute, check_unlabeled_batch
 
 NEED_TORCH = ("model", "labels", "evaluation")  # kinds of artifacts whose stages run a network
 DoStage = Callable[[StageRequest], StageOutcome]
@@ -100,6 +101,8 @@ def resolve_run(experiment: Experiment, recipe: str, store: Store, rerun: Rerun,
         "prepare": fingerprint([file for file in sources if file.split in LABELED_SPLITS]),
         "unlabeled": fingerprint([file for file in sources if file.split not in LABELED_SPLITS]),
     }
+    for pretrained in {node.source for node in nodes if node.stage == "train"} - {"train"}:
+        fingerprints[pretrained] = locate(pretrained).fingerprint()
     records = resolve_keys(nodes, fingerprints, generations)
     return Run(experiment, recipe, store, nodes, {r.name: r for r in records}, sources, prefect_run)
 
@@ -172,6 +175,7 @@ def preflight(run: Run) -> None:
     networks = run.experiment.networks()
     for field_name, config in networks.items():
         check_batches(config, field_name, data)
+        check_compute(config, field_name, run.experiment.compute)
     most = _most_selected(run, run.manifests["unlabeled"])
     for number, student in enumerate(run.experiment.iterations, start=1):
         check_unlabeled_batch(student, f"iterations.{number}", most, "a selection holds at most")

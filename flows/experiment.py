@@ -77,14 +77,42 @@ class Experiment(Config):
                 )
         if self.selector is not None and self.order != "once":
             raise ValueError("selector is set, but only order=once uses one; remove it or set order=once")
+        if self.selector is not None and self.selector.finetune is not None:
+            raise ValueError("selector.finetune: the selecting model is not fine-tuned; remove it")
+        teacher, place = self.teacher, "teacher"
+        for number, student in enumerate(self.iterations, start=1):
+            self._check_student(f"iterations.{number}", student, place, teacher)
+            teacher, place = student, f"iterations.{number}"
         return self
 
+    def _check_student(self, field: str, student: TrainConfig, place: str, teacher: TrainConfig) -> None:
+        """Raise ValueError where a student does not fit the labels it gets or the teacher it starts from."""
+        own = [(c.model.name.split(".")[0], c.model.args) for c in (student, teacher)]
+        if student.init == "model" and own[0] != own[1]:
+            raise ValueError(
+                f"{field}.init=model starts from the weights of {place}, which is another network ({own[1][0]}, here "
+                f"{own[0][0]}); set the same model.name and model.args, or init=random"
+            )
+        if student.pseudo_label_source == "online":
+            if self.label.num_teachers > 1:
+                raise ValueError(
+                    f"{field}.pseudo_label_source=online asks the newest teacher alone; set label.num_teachers=1 or "
+                    "pseudo_label_source=stored"
+                )
+        elif self.label.targets == "hard" and student.pseudo_labels == "soft":
+            raise ValueError(
+                f"label.targets=hard stores one class an image, and {field}.pseudo_labels=soft would not smooth it; set "
+                f"{field}.pseudo_labels=hard, or label.targets=soft"
+            )
+
     def networks(self) -> dict[str, TrainConfig]:
-        """Every network that is trained, by its place in the recipe: teacher, selector, iterations.1 and so on."""
+        """Every training, by its place in the recipe: teacher, selector, iterations.1, iterations.1.finetune and so on."""
         found = {"teacher": self.teacher}
         if self.selector is not None:
             found["selector"] = self.selector
-        return {**found, **{f"iterations.{i}": config for i, config in enumerate(self.iterations, start=1)}}
+        found |= {f"iterations.{i}": config for i, config in enumerate(self.iterations, start=1)}
+        second = {f"{name}.finetune": config.finetuning() for name, config in found.items() if config.finetune}
+        return {**found, **second}
 
 
 def load_experiment(recipe: str, overrides: Sequence[str] = (), scale: str = "") -> Experiment:
@@ -134,7 +162,7 @@ def resolve(raw: dict[str, Any], where: str) -> Experiment:
     student = merge(common, raw.get("student") or {})
     fields["teacher"] = merge(common, raw.get("teacher") or {})
     fields["iterations"] = [merge(student, entry or {}) for entry in iterations]
-    if raw.get("selector"):
+    if raw.get("selector") is not None:
         fields["selector"] = merge(common, raw["selector"])
     try:
         return Experiment.model_validate(fields)

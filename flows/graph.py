@@ -24,7 +24,7 @@ STAGES = {
         Stage("report", report.VERSION, "report", report.ReportConfig, report.report),
     )
 }
-ROLES = ("prepare", "unlabeled", "teacher", "selector", "label", "select", "student", "evaluate", "report")
+ROLES = ("prepare", "unlabeled", "teacher", "selector", "label", "select", "student", "finetune", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,24 @@ class Node:
         """Where the node's config stands in a recipe, for messages: `teacher`, `iterations.2`, `select`."""
         iteration, _, role = self.name.rpartition("/")
         sections = {"prepare": "data", "unlabeled": "data", "student": f"iterations.{iteration}"}
+        sections["finetune"] = f"iterations.{iteration}.finetune" if iteration != "0" else "teacher.finetune"
         return sections.get(role, role)
+
+    @property
+    def source(self) -> str:
+        """What names the external data that the stage reads: the stage, or a training's pretrained weights."""
+        return getattr(self.config, "pretrained", "") or self.stage
 
 
 def build_graph(experiment: Experiment) -> list[Node]:
     """The nodes in an order in which each follows its inputs."""
-    teacher = experiment.teacher.as_teacher()
     nodes = [
         Node("prepare", "prepare", prepare.PrepareConfig(**dict(experiment.data)), {}),
         Node("unlabeled", "unlabeled", unlabeled.UnlabeledConfig(**dict(experiment.data)), {"data": "prepare"}),
-        Node("0/teacher", "train", teacher, {"data": "prepare"}),
-        _evaluation(experiment, 0, "teacher"),
+        *_network("0/teacher", experiment.teacher.as_teacher(), {}),
     ]
-    models = ["0/teacher"]
+    models = [nodes[-1].name]
+    nodes.append(_evaluation(experiment, 0, models[0]))
     if experiment.order == "once":
         selector = models[0]
         if experiment.selector is not None:
@@ -68,17 +73,22 @@ def build_graph(experiment: Experiment) -> list[Node]:
         nodes.append(Node("0/select", "select", experiment.select, {"data": "unlabeled", "labels": "0/label"}))
     for number, student in enumerate(experiment.iterations, start=1):
         inputs = {"data": "unlabeled", **_teachers(experiment, models)}
+        online = student.pseudo_label_source == "online"
         if experiment.order == "once":
-            nodes.append(Node(f"{number}/label", "label", experiment.label, {**inputs, "selection": "0/select"}))
-            sources = {"selection": "0/select", "labels": f"{number}/label"}
+            sources = {"selection": "0/select"}
+            if not online:  # a teacher that works within the step needs no stored labels of the selected images
+                nodes.append(Node(f"{number}/label", "label", experiment.label, {**inputs, "selection": "0/select"}))
+                sources["labels"] = f"{number}/label"
         else:
             nodes.append(Node(f"{number}/label", "label", experiment.label, inputs))
             chosen = {"data": "unlabeled", "labels": f"{number}/label"}
             nodes.append(Node(f"{number}/select", "select", experiment.select, chosen))
             sources = {"selection": f"{number}/select"}
-        nodes.append(Node(f"{number}/student", "train", student, {"data": "prepare", **sources}))
-        nodes.append(_evaluation(experiment, number, "student"))
-        models.append(f"{number}/student")
+        sources |= {train.TEACHER_ROLE: models[-1]} if online else {}
+        sources |= {train.INITIAL_ROLE: models[-1]} if student.init == "model" else {}
+        nodes += _network(f"{number}/student", student, sources)
+        models.append(nodes[-1].name)
+        nodes.append(_evaluation(experiment, number, models[-1]))
     everything = {node.name: node.name for node in nodes}
     nodes.append(Node("report", "report", report.ReportConfig(experiment=experiment.name), everything))
     return nodes
@@ -87,14 +97,14 @@ def build_graph(experiment: Experiment) -> list[Node]:
 def resolve_keys(
     nodes: list[Node], fingerprints: Mapping[str, str], generations: Mapping[str, int]
 ) -> list[NodeRecord]:
-    """The identity of each node, in the order of `nodes`. `fingerprints`: of the files that a stage reads, by stage."""
+    """The identity of each node, in the order of `nodes`. `fingerprints`: of the files that a node reads, by its source."""
     keys: dict[str, str] = {}
     records = []
     for node in nodes:
         stage = STAGES[node.stage]
         inputs = {role: keys[name] for role, name in node.inputs.items()}
-        if node.stage in fingerprints:
-            inputs[SOURCE_ROLE] = fingerprints[node.stage]
+        if node.source in fingerprints:
+            inputs[SOURCE_ROLE] = fingerprints[node.source]
         generation = generations.get(node.name, 0)
         config = node.config.key_fields()
         keys[node.name] = artifact_key(stage.name, stage.version, config, inputs, generation)
@@ -119,6 +129,17 @@ def _teachers(experiment: Experiment, models: list[str]) -> dict[str, str]:
     return {f"model.{place}" if place > 1 else "model": name for place, name in enumerate(newest, start=1)}
 
 
-def _evaluation(experiment: Experiment, number: int, role: str) -> Node:
-    inputs = {"data": "prepare", "model": f"{number}/{role}"}
-    return Node(f"{number}/evaluate", "evaluate", experiment.evaluate, inputs)
+def _network(name: str, config: TrainConfig, sources: dict[str, str]) -> list[Node]:
+    """The training of a network, and its fine-tuning where it has one: the last node is the network."""
+    inputs = {"data": "prepare", **sources}
+    if config.finetune is None:
+        return [Node(name, "train", config, inputs)]
+    finetune = f"{name.partition('/')[0]}/finetune"
+    return [
+        Node(name, "train", config.without_finetune(), inputs),
+        Node(finetune, "train", config.finetuning(), {"data": "prepare", train.INITIAL_ROLE: name}),
+    ]
+
+
+def _evaluation(experiment: Experiment, number: int, model: str) -> Node:
+    return Node(f"{number}/evaluate", "evaluate", experiment.evaluate, {"data": "prepare", "model": model})

@@ -16,7 +16,17 @@ from storage.objects import Store
 from tasks.stage import StageOutcome, StageRequest, stage_task
 
 RerunChoice = Literal[
-    "nothing", "prepare", "unlabeled", "teacher", "selector", "label", "select", "student", "evaluate", "report"
+    "nothing",
+    "prepare",
+    "unlabeled",
+    "teacher",
+    "selector",
+    "label",
+    "select",
+    "student",
+    "finetune",
+    "evaluate",
+    "report",
 ]
 RECIPE = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own")
 OVERRIDES: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30")

@@ -50,6 +50,7 @@ selector = _make_stage_flow("selector", "Train the selecting model (iteration 0,
 label = _make_stage_flow("label", "A model labels the unlabeled images.")
 select = _make_stage_flow("select", "Filter by confidence, balance the classes, write shards.")
 student = _make_stage_flow("student", "Train a student on labeled and pseudo-labeled images.")
+finetune = _make_stage_flow("finetune", "Train a network again on the labeled images, e.g. at a higher resolution.")
 evaluate = _make_stage_flow("evaluate", "Measure a model on validation and test images.")
 report = _make_stage_flow("report", "One HTML page on the whole run.")
 STAGE_FLOWS = {
@@ -60,6 +61,7 @@ STAGE_FLOWS = {
     "label": label,
     "select": select,
     "student": student,
+    "finetune": finetune,
     "evaluate": evaluate,
     "report": report,
 }

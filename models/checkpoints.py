@@ -9,18 +9,16 @@ from storage.errors import DamagedObject, MissingObject
 from storage.keys import file_sha256
 from storage.objects import Store
 
-KEPT_CHECKPOINTS = 2
 
-
-def save_checkpoint(store: Store, key: str, attempt: str, step: int, state: dict[str, Any]) -> str:
-    """Write a checkpoint whole or not at all; keep this attempt's newest two. Returns its path."""
+def save_checkpoint(store: Store, key: str, attempt: str, step: int, state: dict[str, Any], kept: int = 2) -> str:
+    """Write a checkpoint whole or not at all; keep this attempt's newest `kept`. Returns its path."""
     with store.staging() as folder:
         local = folder / "checkpoint.pt"
         torch.save(state, local)
         path = f"{_folder(key)}/{attempt}/step-{step:09d}-{file_sha256(local)}.pt"
         store.put_file(local, path)
     own = [p for p in list_checkpoints(store, key) if p.split("/")[-2] == attempt]
-    store.delete(*own[KEPT_CHECKPOINTS:])
+    store.delete(*own[kept:])
     return path
 
 

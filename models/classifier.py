@@ -16,6 +16,7 @@ from torch import nn
 from models import bfloat16
 from models.configs import TrainConfig
 from models.noise import noised_view
+from models.precision import autocast
 from models.zoo import build, load_folder, materialize
 from storage.artifacts import Manifest
 from storage.errors import UserError
@@ -47,7 +48,7 @@ class Classifier:
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, size, size, 3] anywhere -> float32 [n, classes] on the device; not waited for there."""
         images = images.to(self._device, non_blocking=True)
-        with _autocast(self._numerics, self._device):
+        with autocast(self._numerics, self._device):
             return self._forward(images).float()
 
     def _compiled(self, module: nn.Module) -> nn.Module:
@@ -61,7 +62,7 @@ class Classifier:
             # a pool of compiling processes would outlive a child that is killed
             with (
                 torch.inference_mode(),
-                _autocast(self._numerics, self._device),
+                autocast(self._numerics, self._device),
                 inductor.patch(freezing=True, compile_threads=1),
             ):
                 compiled(images.to(self._device))
@@ -95,7 +96,7 @@ class NoisedClassifier:
         """float32 [1, classes] of an RGB picture of any size, noised by `seed` (63 bits)."""
         torch.manual_seed(seed)
         view = noised_view(image, self._config.noise, self._config.model.image_size, np.random.default_rng(seed))
-        with _autocast(self._numerics, self._device):
+        with autocast(self._numerics, self._device):
             return self._forward(torch.from_numpy(view)[None].to(self._device)).float()
 
 
@@ -133,7 +134,3 @@ def keep_freed_memory() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
             libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def _autocast(numerics: dict[str, Any], device: str) -> torch.autocast:
-    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=numerics["dtype"] == "bfloat16")

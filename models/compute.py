@@ -40,7 +40,24 @@ class ComputeConfig(Config):
     )
     task_images: int = Field(2000, ge=1, description="images that are worth a process of their own, at least")
     shards_per_task: int = Field(16, ge=1, description="shards that one process takes at once, at most")
+    train_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of a training; auto: measured before the first step where the training is long, else float32",
+    )
+    train_layout: Literal["auto", "channels_last", "contiguous"] = Field(
+        "auto", description="of a training's images and weights in memory; auto: as train_dtype, else channels_last"
+    )
+    train_compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="torch.compile for training; auto: as train_dtype, else not"
+    )
     checkpoint_steps: int = Field(500, ge=1, description="training steps between two checkpoints")
+    kept_checkpoints: int = Field(2, ge=1, description="newest checkpoints that an attempt keeps")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        ("tensorboard",), description="where a training's numbers go besides console and artifact"
+    )
+    log_folder: str = Field(
+        "", description="of TensorBoard's event files; empty: `logs` in a store on disk, else in the cache's folder"
+    )
 
 
 class Engine(Protocol):

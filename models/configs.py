@@ -125,7 +125,33 @@ class LabelConfig(Config):
         return self
 
 
-STUDENT_ONLY = ("batch_ratio", "unlabeled_noise", "pseudo_labels", "temperature", "loss", "allow_smaller")
+STUDENT_ONLY = (
+    "train_on", "batch_ratio", "unlabeled_noise", "unlabeled_dropout", "unlabeled_drop_path", "pseudo_labels",
+    "pseudo_label_source", "temperature", "loss", "init", "allow_smaller",
+)  # fmt: skip
+NO_NOISE = NoiseConfig(crop="none", flip=False, num_ops=0)
+
+
+class FinetuneConfig(Config):
+    """A second training on the labeled images alone, from the weights of the first: at a higher resolution with the
+    shallow layers fixed (section 3.1, after FixRes), or of a student that saw pseudo labels alone (study 6).
+
+    What stands here replaces the network's own setting; the paper states epochs, resolution and no augmentation only.
+    """
+
+    epochs: float = Field(1.5, gt=0, description="passes over the labeled set (L2: 1.5)")
+    image_size: int = Field(0, ge=0, le=4096, description="in pixels; 0: as in training")
+    crop_pct: float = Field(0.0, ge=0, le=1, description="of the clean view; 0: as in training")
+    labeled_batch: int = Field(0, ge=0, description="labeled images of a global batch; 0: as in training")
+    frozen_layers: float = Field(0.0, ge=0, lt=1, description="share of the layers, from the input on, that stay fixed")
+    noise: NoiseConfig = NO_NOISE
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, as in the network's own setting")
+    optimizer: OptimizerConfig = OptimizerConfig(lr_per_256=0.001)
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup_epochs=0.0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    num_validations: int = Field(2, ge=1)
 
 
 class TrainConfig(Config):
@@ -134,40 +160,93 @@ class TrainConfig(Config):
     not_in_key: ClassVar[tuple[str, ...]] = ("allow_smaller",)
 
     model: ModelConfig
-    epochs: float = Field(350.0, gt=0, description="passes over the labeled set")
+    pretrained: str = Field(
+        "",
+        description="start from these weights: a timm name with its tag, hf-hub:OWNER/NAME or local-dir:FOLDER; with "
+        "epochs=0 the network is taken as it is instead of training one",
+    )
+    init: Literal["random", "model"] = Field(
+        "random", description="model: start from the weights of the teacher (study 8); a fine-tuning always does so"
+    )
+    frozen_layers: float = Field(0.0, ge=0, lt=1, description="share of the layers, from the input on, that stay fixed")
+    train_on: Literal["both", "unlabeled"] = Field(
+        "both", description="unlabeled: pseudo labels alone (study 6 pretrains like that, then fine-tunes)"
+    )
+    finetune: FinetuneConfig | None = Field(None, description="a second training on labeled images from these weights")
+    epochs: float = Field(350.0, ge=0, description="passes over the labeled set; 0: pretrained weights as they are")
     labeled_batch: int = Field(2048, ge=1, description="labeled images of a global batch")
     batch_ratio: float = Field(3.0, gt=0, description="unlabeled : labeled images of a batch")
     replicas: int = Field(
         1, ge=1, description="micro-batches of a global batch, each with its own batch-norm statistics"
     )
+    batch_norm: Literal["replica", "synchronized"] = Field(
+        "replica", description="statistics of each replica, or of all of them together (GPUs only, one replica a rank)"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: not clipped")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the weight average that predicts and is evaluated")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="on labels and hard pseudo labels; none on soft ones")
     bn_momentum: float = Field(0.01, gt=0, le=1, description="torch's form: the share of the new batch")
     noise: NoiseConfig = NoiseConfig()
     unlabeled_noise: NoiseConfig | None = Field(None, description="null: the same noise as for labeled images")
+    unlabeled_dropout: bool = Field(True, description="dropout on unlabeled images too (table 6)")
+    unlabeled_drop_path: bool = Field(True, description="stochastic depth on unlabeled images too (table 6)")
     pseudo_labels: Literal["soft", "hard"] = "soft"
+    pseudo_label_source: Literal["stored", "online"] = Field(
+        "stored", description="online: the newest teacher predicts the clean view of each unlabeled image in the step"
+    )
     temperature: float = Field(1.0, gt=0, description="soft labels are re-tempered as p^(1/T), renormalized")
     loss: Literal["concatenated", "sum_of_means", "ratio_weighted"] = Field(
         "concatenated", description="section 3.1; Algorithm 1; the released code"
     )
     shuffle_shards: int = Field(16, ge=1, description="shards among whose samples the order is shuffled")
     num_validations: int = Field(10, ge=1, description="how often the average is measured on the validation set")
+    keep: Literal["last", "best"] = Field(
+        "last", description="best: publish the average of the validation that was best, the earliest of equals"
+    )
+    record_steps: int = Field(
+        0, ge=0, description="steps between two rows of the history; 0: about 100 rows a training"
+    )
     seed: int = Field(0, ge=0)
     allow_smaller: bool = Field(False, description="let this student have fewer parameters than its teacher")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainConfig":
-        if self.labeled_batch % self.replicas:
-            raise ValueError(
-                f"labeled_batch={self.labeled_batch} does not divide into replicas={self.replicas} equal parts"
-            )
+        for batch in {self.labeled_batch, self.finetune.labeled_batch if self.finetune else 0}:
+            if batch % self.replicas:
+                raise ValueError(f"labeled_batch={batch} does not divide into replicas={self.replicas} equal parts")
+        return self
+
+    @model_validator(mode="after")
+    def _fit(self) -> "TrainConfig":
+        if self.epochs == 0 and not self.pretrained:
+            raise ValueError("epochs=0 trains nothing: set epochs, or pretrained to take its weights as they are")
+        if self.pretrained and self.init == "model":
+            raise ValueError("pretrained and init=model both say where the weights come from; remove one")
+        if self.frozen_layers and not self.pretrained and self.init == "random":
+            raise ValueError(f"frozen_layers={self.frozen_layers} would keep random weights; set init or pretrained")
         return self
 
     def as_teacher(self) -> "TrainConfig":
         """Without what only a student uses, so that changing it does not change a teacher's key."""
         return TrainConfig.model_validate({k: v for k, v in self.model_dump().items() if k not in STUDENT_ONLY})
+
+    def without_finetune(self) -> "TrainConfig":
+        """The first training alone."""
+        return self.model_copy(update={"finetune": None})
+
+    def finetuning(self) -> "TrainConfig":
+        """The second training. Raises ValueError where there is none."""
+        if self.finetune is None:
+            raise ValueError("this network has no fine-tuning")
+        own = self.finetune.model_dump(exclude={"image_size", "crop_pct", "labeled_batch", "dropout", "drop_path"})
+        first = self.as_teacher().model_dump(exclude={"finetune", "pretrained"})
+        model = {**first["model"], "dropout": self.finetune.dropout, "drop_path": self.finetune.drop_path}
+        for name in ("image_size", "crop_pct"):
+            model[name] = getattr(self.finetune, name) or model[name]
+        batch = self.finetune.labeled_batch or self.labeled_batch
+        return TrainConfig.model_validate({**first, **own, "model": model, "labeled_batch": batch, "init": "model"})
 
     @property
     def replica_labeled(self) -> int:

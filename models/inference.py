@@ -1,7 +1,5 @@
 """Labeling: un-noised networks over whole shards, two Parquet files a shard. For pseudo labels and for evaluation."""
 
-import os
-import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +15,7 @@ from models.classifier import Classifier, NoisedClassifier, keep_freed_memory, l
 from models.configs import LabelConfig
 from models.decode import clean_pixels, decode_pixels
 from models.loader import IndexedImages, normalize
+from models.precision import autocast, computes_in_bfloat16, has_compiler
 from models.predictions import (
     PREDICTIONS_FILE,
     PROBABILITIES_FILE,
@@ -191,14 +190,7 @@ def survey(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             model.to("meta")(torch.zeros(1, *shape["input_size"], device="meta"))
         flops += counter.get_total_flops()
-    if spec["device"] == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        print(f"torch.compile is left out: there is no C++ compiler {compiler!r} on this machine", flush=True)
-    return {"macs": flops // 2, "bfloat16": bfloat16, "compiler": shutil.which(compiler) is not None}
+    return {"macs": flops // 2, "bfloat16": computes_in_bfloat16(spec["device"]), "compiler": has_compiler()}
 
 
 @torch.inference_mode()
@@ -209,8 +201,7 @@ def forward_probabilities(
     inputs = normalize(images.to(numerics["device"]), view["mean"], view["std"])
     if numerics["layout"] != "channels_last":
         inputs = inputs.contiguous()
-    mixed = numerics["dtype"] == "bfloat16"
-    with torch.autocast(numerics["device"], dtype=torch.bfloat16, enabled=mixed):
+    with autocast(numerics, numerics["device"]):
         logits = model(inputs)
     return logits.float().softmax(dim=-1).cpu().numpy()
 

@@ -36,11 +36,23 @@ CACHE_BYTES = 512 << 20  # decoded pixels that a process keeps of one split: sma
 
 @dataclass
 class ReplicaBatch:
-    """One replica's images uint8 [n + m, size, size, 3], labels int64 [n], pseudo labels float32 [m, classes]."""
+    """One replica's images uint8 [n + m, size, size, 3], labels int64 [n], pseudo labels float32 [m, classes].
+
+    For a teacher that works online: instead of pseudo labels its clean views, uint8 [m, its size, its size, 3].
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     pseudo_labels: torch.Tensor
+    clean: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CleanView:
+    """What an online teacher sees of an image: the side of its square in pixels, and its center crop."""
+
+    image_size: int
+    crop_pct: float
 
 
 class IndexedImages:
@@ -126,36 +138,57 @@ class TrainingBatches(Dataset):
         unlabeled: IndexedImages | None,
         pseudo_labels: "PseudoLabels | None",
         replicas: Sequence[int],
+        online: CleanView | None = None,
     ) -> None:
-        self._config, self._replicas = config, replicas
+        self._config, self._replicas, self._online = config, replicas, online
         self._labeled, self._unlabeled, self._pseudo_labels = labeled, unlabeled, pseudo_labels
         shuffle = config.shuffle_shards
         self._labeled_order = SampleOrder(labeled.shard_rows, config.seed, LABELED_STREAM, shuffle)
         if unlabeled is not None:
             self._unlabeled_order = SampleOrder(unlabeled.shard_rows, config.seed, UNLABELED_STREAM, shuffle)
 
+    @property
+    def images_a_step(self) -> int:
+        """Images of a global batch."""
+        own = len(self.labeled_rows(0, 0)[1]) + len(self.unlabeled_rows(0, 0)[1])
+        return self._config.replicas * own
+
+    def labeled_rows(self, step: int, replica: int) -> tuple[int, np.ndarray]:
+        """A replica's labeled images of a step: the first one's position in its stream, and the rows, int64 [n]."""
+        n = self._config.replica_labeled if self._config.train_on == "both" or self._unlabeled is None else 0
+        start = (step * self._config.replicas + replica) * n
+        return start, self._labeled_order.rows(start, n)
+
+    def unlabeled_rows(self, step: int, replica: int) -> tuple[int, np.ndarray]:
+        """The same of the unlabeled images, int64 [m]; none for a teacher."""
+        if self._unlabeled is None:
+            return 0, np.zeros(0, np.int64)
+        m = self._config.replica_unlabeled
+        start = (step * self._config.replicas + replica) * m
+        return start, self._unlabeled_order.rows(start, m)
+
     def __getitem__(self, step: int) -> list[ReplicaBatch]:
         return [self._replica(step, replica) for replica in self._replicas]
 
     def _replica(self, step: int, replica: int) -> ReplicaBatch:
         config = self._config
-        n = config.replica_labeled
-        start = (step * config.replicas + replica) * n
-        rows = self._labeled_order.rows(start, n)
+        start, rows = self.labeled_rows(step, replica)
         images = [
             self._noised(self._labeled, row, config.noise, LABELED_STREAM, start + i) for i, row in enumerate(rows)
         ]
         labels = torch.from_numpy(self._labeled.labels[rows].astype(np.int64))
-        pseudo = torch.zeros(0)
-        if self._unlabeled is not None and self._pseudo_labels is not None:
+        pseudo = clean = torch.zeros(0)
+        if self._unlabeled is not None:
             noise = config.unlabeled_noise or config.noise
-            m = config.replica_unlabeled
-            start = (step * config.replicas + replica) * m
-            rows = self._unlabeled_order.rows(start, m)
+            start, rows = self.unlabeled_rows(step, replica)
             for i, row in enumerate(rows):
                 images.append(self._noised(self._unlabeled, row, noise, UNLABELED_STREAM, start + i))
-            pseudo = torch.from_numpy(self._pseudo_labels.rows(rows))
-        return ReplicaBatch(torch.from_numpy(np.stack(images)), labels, pseudo)
+            if self._online is not None:
+                views = map(self._unlabeled.image, rows)
+                clean = clean_batch(views, self._online.image_size, self._online.crop_pct)
+            elif self._pseudo_labels is not None:
+                pseudo = torch.from_numpy(self._pseudo_labels.rows(rows))
+        return ReplicaBatch(torch.from_numpy(np.stack(images)), labels, pseudo, clean)
 
     def _noised(self, part: IndexedImages, row: int, noise: NoiseConfig, stream: int, position: int) -> np.ndarray:
         rng = sample_rng(self._config.seed, stream, position)

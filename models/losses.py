@@ -32,14 +32,17 @@ def unlabeled_losses(logits: torch.Tensor, pseudo_labels: torch.Tensor, config: 
     return soft_cross_entropy(logits, retemper(pseudo_labels, config.temperature))
 
 
-def combine(labeled: torch.Tensor, unlabeled: torch.Tensor | None, config: TrainConfig) -> torch.Tensor:
-    """The scalar loss of one replica in the reading that the config names.
+def combine(labeled: torch.Tensor | None, unlabeled: torch.Tensor | None, config: TrainConfig) -> torch.Tensor:
+    """The scalar loss of one replica in the reading that the config names; of one part alone its mean.
 
     `concatenated`: the mean over all images (section 3.1). `sum_of_means`: Algorithm 1. `ratio_weighted`: the released
     code, labeled mean + batch ratio x unlabeled mean.
     """
-    if unlabeled is None:
-        return labeled.mean()
+    if labeled is None or unlabeled is None:
+        only = unlabeled if labeled is None else labeled
+        if only is None:
+            raise ValueError("a batch without images has no loss")
+        return only.mean()
     if config.loss == "concatenated":
         return torch.cat([labeled, unlabeled]).mean()
     weight = 1.0 if config.loss == "sum_of_means" else len(unlabeled) / len(labeled)

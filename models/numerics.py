@@ -52,6 +52,30 @@ def labeling_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> l
     return [choice for number, choice in enumerate(choices) if choice not in choices[:number]]
 
 
+def training_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> list[dict[str, Any]]:
+    """The numerics among which the fastest for a training is taken: the default first, those that compile last.
+
+    What the config says stands; what it leaves open is tried, bfloat16 and the compiler only where there are any.
+    """
+    dtypes = ["float32", *(["bfloat16"] if bfloat16 else [])] if config.train_dtype == "auto" else [config.train_dtype]
+    layouts = ["channels_last", "contiguous"] if config.train_layout == "auto" else [config.train_layout]
+    ways = {"auto": [False, True] if compiler else [False], "always": [True], "never": [False]}[config.train_compile]
+    device = resolve_device(config)
+    found = [
+        {"device": device, "dtype": dtype, "layout": layout, "compile": compiled, "batch": DEFAULT_BATCH[device]}
+        for compiled in ways
+        for layout in layouts
+        for dtype in dtypes
+    ]
+    # where both layouts are open, only eager float32 is tried in the other one: nothing else was ever faster there
+    both = len(layouts) > 1
+    return [
+        c
+        for c in found
+        if not both or c["layout"] == layouts[0] or (c["dtype"] == dtypes[0] and c["compile"] == ways[0])
+    ]
+
+
 def labeling_seconds(numerics: dict[str, Any], images: int, macs: int) -> float:
     """About how long one core takes for images of so many multiply-adds each: to compare numerics, no promise."""
     setup, per_gmac = COST[numerics["dtype"], numerics["compile"]]

@@ -15,13 +15,16 @@ OnProgress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage gets besides its config and inputs. Nothing here may change its result."""
+    """What a stage gets besides its config and inputs. Nothing here may change its result; `name` is for people,
+    `source` the fingerprint of external data in the stage's key."""
 
     store: Store
     key: str
     engine: Engine
     compute: ComputeConfig
     on_progress: OnProgress = lambda progress: None
+    name: str = ""
+    source: str = ""
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def progress_of(self, total: int, unit: str = "images") -> OnProgress:

@@ -32,7 +32,7 @@ TEMPLATE = "report.html.j2"
 CONFIDENCE_BINS = 20  # the shown images are spread over these
 KEY_DIGITS = 12
 MOST_CLASS_ROWS = 20
-WITHIN_ITERATION = ("teacher", "selector", "label", "select", "student", "evaluate")
+WITHIN_ITERATION = ("teacher", "selector", "label", "select", "student", "finetune", "evaluate")
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
@@ -164,7 +164,7 @@ def _stage_order(name: str) -> tuple[int, int, str]:
 
 def _result(records: list[Row], inputs: dict[str, Manifest]) -> Row:
     """The rows of the table, and what the reader needs to judge a difference."""
-    teacher = records[0]["top1"]
+    teacher = next((record["top1"] for record in records if record["top1"] is not None), None)
     rows = []
     for record in records:
         gain = (
@@ -313,10 +313,10 @@ def _class_accuracy(store: Store, records: list[Row], inputs: dict[str, Manifest
     """Teacher against last student on each class of the test set; None for a run without a student."""
     last = records[-1]
     evaluations = (inputs.get("0/evaluate"), inputs.get(f"{last['iteration']}/evaluate"))
-    if last["role"] != "student" or None in evaluations:
+    if last["iteration"] == 0 or None in evaluations:
         return None
     (names, sizes, before), (_, _, after) = (_test_classes(store, found) for found in evaluations if found)
-    student, gains = f"{last['iteration']}/student", after - before
+    student, gains = f"{last['iteration']}/{last['role']}", after - before
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     summary = f"{student} is better than 0/teacher in {better} of {len(names)} classes and worse in {worse}."
     columns = zip(names, sizes.tolist(), before.tolist(), after.tolist(), gains.tolist(), strict=True)

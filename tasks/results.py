@@ -17,8 +17,8 @@ def result_records(experiment: str, manifests: dict[str, Manifest]) -> list[dict
     )
     for name in models:
         iteration, role = name.split("/")
-        test = _metrics(manifests, f"{iteration}/evaluate").get("test", {})
-        val = _metrics(manifests, f"{iteration}/evaluate").get("val", {})
+        measured = _evaluation(manifests, manifests[name].key)
+        test, val = measured.get("test", {}), measured.get("val", {})
         chosen = manifests[name].inputs.get("selection")
         selection = next((m.metrics for m in manifests.values() if m.kind == "selection" and m.key == chosen), {})
         records.append(
@@ -36,9 +36,13 @@ def result_records(experiment: str, manifests: dict[str, Manifest]) -> list[dict
     return records
 
 
-def _metrics(manifests: dict[str, Manifest], name: str) -> dict[str, Any]:
-    return manifests[name].metrics if name in manifests else {}
+def _evaluation(manifests: dict[str, Manifest], model: str) -> dict[str, Any]:
+    """What was measured of a model; of one that was fine-tuned afterwards nothing is."""
+    return next(
+        (m.metrics for m in manifests.values() if m.kind == "evaluation" and m.inputs.get("model") == model), {}
+    )
 
 
-def _order(name: str) -> int:
-    return int(name.split("/")[0])
+def _order(name: str) -> tuple[int, bool]:
+    iteration, role = name.split("/")
+    return int(iteration), role == "finetune"

@@ -13,7 +13,7 @@ from typing import Any
 from models.compute import ComputeConfig, LocalEngine
 from models.launch import code_state
 from models.numerics import package_versions, resolve_device
-from storage.artifacts import Manifest, commit, discard_attempt, find, get
+from storage.artifacts import SOURCE_ROLE, Manifest, commit, discard_attempt, find, get
 from storage.keys import Config
 from storage.objects import Store
 from storage.runs import NodeRecord
@@ -52,7 +52,9 @@ def run_stage(
     if existing is not None:
         return StageOutcome(existing, reused=True)
     inputs = {role: get(store, kind, record.inputs[role]) for role, kind in request.input_kinds.items()}
-    context = StageContext(store, record.key, LocalEngine(request.compute, on_log), request.compute, on_progress)
+    engine = LocalEngine(request.compute, on_log)
+    source = record.inputs.get(SOURCE_ROLE, "")
+    context = StageContext(store, record.key, engine, request.compute, on_progress, record.name, source)
     started = time.perf_counter()
     result = request.stage.run(context, request.config, inputs)
     manifest = Manifest(

@@ -1,44 +1,86 @@
-"""train: a teacher on the labeled images, or a student on labeled and pseudo-labeled images."""
+"""train: a teacher on the labeled images, a student on labeled and pseudo-labeled ones, or the fine-tuning of either."""
 
+from typing import Any
+
+from models.compute import ComputeConfig
 from models.configs import TrainConfig
-from models.numerics import chosen_numerics
-from storage.artifacts import FileEntry, Manifest, agree_numerics
+from models.numerics import resolve_device, training_choices
+from models.trackers import check_installed
+from storage.artifacts import FileEntry, Manifest, agree_numerics, agreed_numerics
+from storage.cache import node_cache
 from storage.errors import UserError
 from tasks.contract import StageContext, StageResult
 
 VERSION = 1
+TEACHER_ROLE, INITIAL_ROLE = "teacher", "initial"  # of the inputs: who labels online, whose weights come first
 
 
 def train(context: StageContext, config: TrainConfig, inputs: dict[str, Manifest]) -> StageResult:
-    """Train a network; `inputs`: data, and for a student selection and (order=once) labels.
+    """Train a network; `inputs`: data; for a student selection, at will labels (order=once) or teacher (online); and
+    initial, whose weights it starts from.
 
-    Raises UserError where a batch is larger than the data, or ranks do not divide the replicas.
+    Raises UserError where a batch is larger than the data, ranks do not divide the replicas, or a setting needs what
+    this machine does not have.
     """
-    data, selection, labels = inputs["data"], inputs.get("selection"), inputs.get("labels")
+    data, selection = inputs["data"], inputs.get("selection")
     check_batches(config, "train", data, selection)
-    ranks = context.compute.ranks
-    if config.replicas % ranks:
-        raise UserError(
-            f"compute.ranks={ranks} does not divide train.replicas={config.replicas}; choose a divisor of it"
-        )
+    check_compute(config, "train", context.compute)
+    keys = {
+        role: inputs[role].key if role in inputs else "" for role in ("selection", "labels", TEACHER_ROLE, INITIAL_ROLE)
+    }
     spec = {
         "store": context.store.url,
         "key": context.key,
         "attempt": context.attempt,
+        "name": context.name or context.key,
         "config": config.model_dump(mode="json"),
         "dataset": data.key,
-        "selection": selection.key if selection else "",
-        "labels": labels.key if labels else "",
+        **keys,
+        "source": context.source,
         "class_names": data.metrics["class_names"],
-        "numerics": agree_numerics(
-            context.store, "model", context.key, {**chosen_numerics(context.compute), "compile": False}
-        ),
-        "loader_workers": context.compute.loader_workers,
-        "checkpoint_steps": context.compute.checkpoint_steps,
+        "device": resolve_device(context.compute),
+        "numerics": _numerics(context),
+        "compute": context.compute.model_dump(mode="json"),
+        "log_folder": _log_folder(context),
     }
+    ranks = context.compute.ranks
     result = context.engine.gang("models.training:train", spec, ranks, context.on_progress)
     files = tuple(FileEntry.model_validate(entry) for entry in result["files"])
-    return StageResult(files, result["metrics"], {**result["facts"], "ranks": ranks, "numerics": spec["numerics"]})
+    return StageResult(files, result["metrics"], {**result["facts"], "ranks": ranks})
+
+
+def check_compute(config: TrainConfig, field: str, compute: ComputeConfig) -> None:
+    """Raise UserError where this machine, or the way it is used, cannot train the network as `config` says."""
+    if config.replicas % compute.ranks:
+        raise UserError(
+            f"compute.ranks={compute.ranks} does not divide {field}.replicas={config.replicas}; choose a divisor of it"
+        )
+    check_installed(compute.trackers)
+    if config.batch_norm == "synchronized":
+        if resolve_device(compute) != "cuda":
+            raise UserError(
+                f"{field}.batch_norm=synchronized needs GPUs (torch.nn.SyncBatchNorm refuses CPUs); set it to replica"
+            )
+        if config.replicas != compute.ranks:
+            raise UserError(
+                f"{field}.batch_norm=synchronized needs one replica a rank, here {config.replicas} replicas on "
+                f"{compute.ranks} ranks; set {field}.replicas={compute.ranks}"
+            )
+
+
+def _numerics(context: StageContext) -> dict[str, Any] | None:
+    """What an earlier attempt or the config settled; None where it is to be measured before the first step."""
+    agreed = agreed_numerics(context.store, "model", context.key)
+    if agreed is not None:
+        return agreed
+    choices = training_choices(context.compute, bfloat16=True, compiler=True)
+    return agree_numerics(context.store, "model", context.key, choices[0]) if len(choices) == 1 else None
+
+
+def _log_folder(context: StageContext) -> str:
+    """Where this training's event files go."""
+    root = context.compute.log_folder or str((context.store.root or node_cache().root) / "logs")
+    return f"{root}/{context.name.replace('/', '-') or 'train'}-{context.key[:12]}"
 
 
 def check_batches(config: TrainConfig, field: str, data: Manifest, selection: Manifest | None = None) -> None:

@@ -138,8 +138,16 @@ def commit_result(store: Store, kind: str, key: str, result: StageResult, inputs
     )
 
 
-def training_spec(artifacts: Artifacts, config: Config, key: str, student: bool = True, **more: Any) -> dict[str, Any]:
-    """The spec of `models.training:train`, as tasks/train.py makes it."""
+def training_spec(
+    artifacts: Artifacts,
+    config: Config,
+    key: str,
+    student: bool = True,
+    compute: dict[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The spec of `models.training:train`, as tasks/train.py makes it; `compute`: fields that differ."""
+    settings = {"loader_workers": 0, "checkpoint_steps": 10_000, "trackers": [], **(compute or {})}
     return {
         "store": artifacts.store.url,
         "key": key,
@@ -148,10 +156,15 @@ def training_spec(artifacts: Artifacts, config: Config, key: str, student: bool 
         "dataset": artifacts.data.key,
         "selection": artifacts.selection.key if student else "",
         "labels": "",
+        "teacher": "",
+        "initial": "",
+        "source": "",
+        "name": "training",
         "class_names": list(CLASSES),
+        "device": "cpu",
         "numerics": NUMERICS,
-        "loader_workers": 0,
-        "checkpoint_steps": 10_000,
+        "compute": ComputeConfig(**settings).model_dump(mode="json"),
+        "log_folder": "",
         **more,
     }
 
