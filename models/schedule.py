@@ -6,8 +6,8 @@ from models.configs import TrainConfig
 
 
 def total_steps(config: TrainConfig, num_labeled: int) -> int:
-    """Optimizer steps of a training: labeled epochs x labeled images / labeled batch, at least one."""
-    return max(1, round(config.epochs * num_labeled / config.labeled_batch))
+    """Optimizer steps of a training: labeled epochs x labeled images / labeled batch, at least one (0 epochs: none)."""
+    return max(1 if config.epochs else 0, round(config.epochs * num_labeled / config.labeled_batch))
 
 
 def learning_rate(config: TrainConfig, step: int, num_labeled: int) -> float:

@@ -99,6 +99,10 @@ class TrainStep:
         step = int(found.item())
         return None if step == NEVER else step
 
+    def is_finite(self) -> bool:
+        """Whether all weights and statistics are; they may be lost a step before the loss shows it."""
+        return all(bool(torch.isfinite(t).all()) for t in self.model.state_dict().values() if t.is_floating_point())
+
     def state(self) -> dict[str, Any]:
         """All that a resume needs."""
         return {

@@ -215,15 +215,14 @@ class Trainer:
         """Raise UserError where the loss of a step was not finite, naming it and the last good checkpoint."""
         step = self.advance.first_not_finite()
         if step is not None:
-            kept = (
-                f"its last good checkpoint is {self.last_checkpoint}"
-                if self.last_checkpoint
-                else "it has no checkpoint"
-            )
-            raise UserError(
-                f"the loss is not finite at step {step} of {self.num_steps}; {kept}. Lower optimizer.lr_per_256 (now "
-                f"{self.config.optimizer.lr_per_256}), lengthen schedule.warmup_epochs or set clip_norm"
-            )
+            raise self._diverged(f"the loss is not finite at step {step}")
+
+    def _diverged(self, what: str) -> UserError:
+        kept = f"its last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "it has no checkpoint"
+        return UserError(
+            f"{what} of {self.num_steps}; {kept}. Lower optimizer.lr_per_256 (now {self.config.optimizer.lr_per_256}), "
+            "lengthen schedule.warmup_epochs or set clip_norm"
+        )
 
     def _validated(self) -> float:
         """Measure the average; keep a copy of the best where that is what will be published."""
@@ -261,8 +260,10 @@ class Trainer:
         return bool(flag.item())
 
     def _checkpoint(self) -> None:
-        """Save what a resume needs. A network that has diverged is no checkpoint: raises as `_check_finite`."""
+        """Save what a resume needs. A network that has diverged is no checkpoint: raises as `_check_finite` does."""
         self._check_finite()
+        if not self.advance.is_finite():  # often a step before the loss shows it
+            raise self._diverged(f"weights are not finite after step {self.step}")
         if self.worker.rank == 0:
             state = {"step": self.step, "history": self.history, "best": self.best, **self.advance.state()}
             spec = self.spec

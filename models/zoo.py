@@ -12,6 +12,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from models import variants  # noqa: F401  (registers our networks)
 from models.configs import ModelConfig
 from models.worker import Worker
 from storage.artifacts import Manifest

@@ -121,7 +121,9 @@ def stage_context(store: Store, name: str, compute: ComputeConfig = COMPUTE) -> 
     return StageContext(store, digest(name), LocalEngine(compute), compute)
 
 
-def commit_result(store: Store, kind: str, key: str, result: StageResult, inputs: dict[str, str]) -> Manifest:
+def commit_result(
+    store: Store, kind: str, key: str, result: StageResult, inputs: dict[str, str], config: dict[str, Any] | None = None
+) -> Manifest:
     """Commit what a stage returned."""
     return commit(
         store,
@@ -130,7 +132,7 @@ def commit_result(store: Store, kind: str, key: str, result: StageResult, inputs
             key=key,
             stage=kind,
             stage_version=1,
-            config={},
+            config=config or {},
             inputs=inputs,
             files=result.files,
             metrics=result.metrics,

@@ -3,9 +3,7 @@
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import safetensors.numpy
 
 from models.checkpoints import list_checkpoints, load_checkpoint
 from models.configs import TrainConfig
@@ -13,30 +11,9 @@ from models.launch import run_worker
 from models.training import HISTORY_COLUMNS, train
 from models.worker import Stopped, Worker
 from storage.errors import UserError
-from storage.keys import digest
-from tests.models.artifacts import Artifacts, file_of, label_by_hand, training_spec
+from tests.models.artifacts import Artifacts, label_by_hand
+from tests.models.training_runs import CONFIG, STEPS, DisturbedWorker, content, history, run, spec, weights
 
-STEPS = 18
-CONFIG = TrainConfig.model_validate(
-    {
-        "model": {
-            "name": "resnet18",
-            "args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-            "image_size": 16,
-            "dropout": 0.2,
-            "drop_path": 0.2,
-        },
-        "epochs": 3,
-        "labeled_batch": 8,
-        "batch_ratio": 2,
-        "replicas": 2,
-        "optimizer": {"lr_per_256": 0.5},
-        "schedule": {"warmup_epochs": 1},
-        "ema_decay": 0.9,
-        "num_validations": 3,
-        "noise": {"crop": "resized", "num_ops": 2, "magnitude": 9},
-    }
-)
 TEACHER = CONFIG.model_copy(
     update={
         "epochs": 15.0,
@@ -49,46 +26,6 @@ TEACHER = CONFIG.model_copy(
         "bn_momentum": 0.1,
     }
 )
-
-
-class DisturbedWorker(Worker):
-    """Is asked to stop, or fails, as soon as a number of steps is done."""
-
-    def __init__(self, steps: int, error: Exception | None = None) -> None:
-        super().__init__()
-        self._steps, self._error = steps, error
-
-    def progress(self, done: int, total: int, unit: str = "images", last: bool = False, **facts: Any) -> None:
-        if done >= total * self._steps // STEPS:
-            if self._error is not None:
-                raise self._error
-            self.stop_requested = True
-
-
-def spec(artifacts: Artifacts, name: str, config: TrainConfig = CONFIG, **more: Any) -> dict[str, Any]:
-    return training_spec(artifacts, config, digest(["training", name]), **more)
-
-
-def run(artifacts: Artifacts, name: str, config: TrainConfig = CONFIG, **more: Any) -> dict[str, Any]:
-    return train(spec(artifacts, name, config, **more), Worker())
-
-
-def content(result: dict[str, Any]) -> dict[str, str]:
-    """The sha256 of each published file by name: weights, config and history."""
-    return {entry["name"]: entry["sha256"] for entry in result["files"]}
-
-
-def weights(artifacts: Artifacts, result: dict[str, Any]) -> dict[str, np.ndarray]:
-    entry = file_of(result, "model.safetensors")
-    found: dict[str, np.ndarray] = safetensors.numpy.load_file(artifacts.store.local_path(entry.path))
-    return found
-
-
-def history(artifacts: Artifacts, result: dict[str, Any]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = pq.read_table(
-        artifacts.store.local_path(file_of(result, "history.parquet").path)
-    ).to_pydict()
-    return columns
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,35 @@
+"""Networks of ours under timm's names: what they are, and that they come back from their files as themselves."""
+
+from pathlib import Path
+
+import timm
+import torch
+
+from models import variants, zoo
+from models.configs import ModelConfig
+
+SVHN = ModelConfig(name=variants.efficientnet_b0_svhn.__name__, image_size=32, dropout=0.2, drop_path=0.2)
+
+
+def test_the_svhn_network_ends_in_a_map_of_4_x_4_and_has_b0s_weights() -> None:
+    model, plain = (timm.create_model(name, num_classes=10).eval() for name in (SVHN.name, "tf_efficientnet_b0"))
+    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape[-2:] == (4, 4)
+    assert plain.forward_features(torch.zeros(1, 3, 32, 32)).shape[-2:] == (1, 1)
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (model, plain)]
+    assert shapes[0] == shapes[1]
+    strides = [stage[0].conv_dw.stride[0] for stage in model.blocks]
+    assert strides == [1, 1, 1, 2, 1, 2, 1]
+    assert [info["reduction"] for info in model.feature_info] == [2, 2, 2, 4, 8]
+
+
+def test_it_reloads_as_itself_and_not_as_the_plain_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = zoo.build(SVHN, 10).eval()
+    zoo.save(model, SVHN, list("0123456789"), tmp_path)
+    image = torch.randn(2, 3, 32, 32)
+    reloaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    plain = timm.create_model("tf_efficientnet_b0", num_classes=10, checkpoint_path=tmp_path / zoo.WEIGHTS_FILE).eval()
+    with torch.no_grad():
+        logits = model(image)
+        assert torch.equal(reloaded(image), logits)
+        assert (plain(image) - logits).abs().max() > 0.1 * logits.abs().max()
