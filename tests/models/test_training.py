@@ -1,4 +1,4 @@
-"""Training is bitwise repeatable: undisturbed, stopped and resumed, on one rank or two."""
+"""Training is bitwise repeatable, undisturbed or stopped and resumed; what it learns, refuses and writes down."""
 
 from typing import Any
 
@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from models.checkpoints import list_checkpoints, load_checkpoint
-from models.configs import TrainConfig
-from models.launch import run_worker
 from models.training import HISTORY_COLUMNS, train
 from models.worker import Stopped, Worker
 from storage.errors import UserError
 from tests.models.artifacts import Artifacts, label_by_hand
-from tests.models.training_runs import CONFIG, STEPS, DisturbedWorker, content, history, run, spec, weights
+from tests.models.training_runs import CONFIG, STEPS, DisturbedWorker, content, history, run, spec
 
 TEACHER = CONFIG.model_copy(
     update={
@@ -98,46 +96,6 @@ def test_only_the_newest_two_checkpoints_of_an_attempt_are_kept(artifacts: Artif
     train(job, Worker())
     names = [path.split("/")[-1] for path in list_checkpoints(artifacts.store, job["key"])]
     assert [name.split("-")[1] for name in names] == ["000000016", "000000014"]
-
-
-@pytest.fixture(scope="module")
-def four_replicas() -> TrainConfig:
-    """Three steps: from there on this tiny network, with six images a batch norm, doubles every rounding each step."""
-    return CONFIG.model_copy(update={"replicas": 4, "epochs": 0.5})
-
-
-@pytest.fixture(scope="module")
-def two_ranks(artifacts: Artifacts, four_replicas: TrainConfig) -> list[dict[str, Any]]:
-    """Two trainings of two real DDP ranks: with two and with four replicas."""
-    jobs = [spec(artifacts, "two ranks"), spec(artifacts, "two ranks of two", four_replicas)]
-    results: list[dict[str, Any]] = run_worker(
-        "tests.models.child_functions:train_all", {"trainings": jobs}, world=2, threads=1
-    )["results"]
-    return results
-
-
-def test_two_replicas_are_bitwise_the_same_on_one_rank_and_on_two(
-    artifacts: Artifacts, undisturbed: dict[str, Any], two_ranks: list[dict[str, Any]]
-) -> None:
-    one, two = weights(artifacts, undisturbed), weights(artifacts, two_ranks[0])
-    assert [name for name in one if not np.array_equal(one[name], two[name])] == []
-    assert content(undisturbed)["model.safetensors"] == content(two_ranks[0])["model.safetensors"]
-    assert undisturbed["metrics"]["val_top1"] == two_ranks[0]["metrics"]["val_top1"]
-
-
-def test_four_replicas_agree_to_rounding_on_one_rank_and_on_two(
-    artifacts: Artifacts, four_replicas: TrainConfig, two_ranks: list[dict[str, Any]]
-) -> None:
-    one = weights(artifacts, run(artifacts, "four", four_replicas))
-    two = weights(artifacts, two_ranks[1])
-    assert max(np.abs(one[name] - two[name]).max() for name in one) < 1e-5
-
-
-def test_the_number_of_replicas_is_part_of_the_result(artifacts: Artifacts, two_ranks: list[dict[str, Any]]) -> None:
-    """Each has batch-norm statistics of its own: never take one for the other."""
-    short = CONFIG.model_copy(update={"epochs": 0.5})
-    two, four = weights(artifacts, run(artifacts, "short", short)), weights(artifacts, two_ranks[1])
-    assert max(np.abs(two[name] - four[name]).max() for name in two) > 1e-3
 
 
 def test_a_loss_that_is_not_finite_is_an_error_with_the_step_and_the_remedy(artifacts: Artifacts) -> None:
