@@ -16,6 +16,7 @@ from pydantic import Field
 from models.launch import Record, run_worker
 from storage.keys import Config
 
+MOST_LOADERS = 16  # a rank
 Spec = dict[str, Any]
 OnProgress = Callable[[dict[str, Any]], None]
 
@@ -27,7 +28,12 @@ class ComputeConfig(Config):
     processes: int = Field(0, ge=0, description="worker processes of map; 0: one a core, or one a GPU for inference")
     ranks: int = Field(1, ge=1, description="DDP processes of a training; must divide train.replicas")
     threads: int = Field(0, ge=0, description="torch threads of each DDP rank; 0: cores / ranks")
-    loader_workers: int = Field(1, ge=0, description="processes that decode and noise images, a rank")
+    loader_workers: int = Field(
+        -1,
+        ge=-1,
+        description="processes that decode and noise images, a rank; 0: the training process itself; -1: beside a GPU a "
+        "rank's share of the cores, on a CPU two (one with several ranks), which yield to the training",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where labeling is long enough and the hardware computes in it, else float32"
@@ -131,6 +137,14 @@ def group_shards(images: Sequence[int], processes: int, config: ComputeConfig, m
     wanted = max(1, min(processes, sum(images) // config.task_images))
     size = min(config.shards_per_task if most is None else most, -(-len(images) // wanted))
     return [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+
+
+def loader_processes(config: ComputeConfig, device: str) -> int:
+    """How many processes make the batches of one rank on this machine."""
+    if config.loader_workers >= 0:
+        return config.loader_workers
+    share = num_cores() // config.ranks
+    return max(1, min(MOST_LOADERS, share - 1)) if device == "cuda" else max(1, min(2, share))
 
 
 def num_gpus() -> int:

@@ -31,6 +31,7 @@ from storage.shards import ShardReader, read_index, shard_files
 PREFETCH_BATCHES = 4
 BATCH_TIMEOUT_S = 900  # far above what a store that fails and comes back may take; past it a run ends, and is not hung
 SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
+NICENESS = 10
 CACHE_BYTES = 512 << 20  # decoded pixels that a process keeps of one split: small data sets are decoded once
 
 
@@ -254,8 +255,14 @@ def training_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         timeout=BATCH_TIMEOUT_S if workers else 0,
+        worker_init_fn=_yield_to_training if workers else None,
     )
     return iter(loader)
+
+
+def _yield_to_training(_number: int) -> None:
+    """Where cores are short, the training goes first: it waits when no batch is ready, and then the loaders have them."""
+    os.nice(NICENESS)
 
 
 def _make_room_for_sockets() -> None:

@@ -101,7 +101,9 @@ def _crop_pad(image: Image.Image, noise: NoiseConfig, image_size: int, rng: np.r
 
 def _crop_resized(image: Image.Image, noise: NoiseConfig, image_size: int, rng: np.random.Generator) -> Image.Image:
     box = random_resized_box(image.width, image.height, noise.min_area, rng)
-    return image.crop(box).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    from models.resize import resize  # torch, which a process that only reads configs need not load
+
+    return Image.fromarray(resize(np.array(image.crop(box)), image_size, image_size))
 
 
 CROPS = {"none": _crop_none, "pad": _crop_pad, "resized": _crop_resized}

@@ -19,7 +19,7 @@ from torch import nn
 
 from models import checkpoints, probe, zoo
 from models.classifier import load_model
-from models.compute import ComputeConfig
+from models.compute import ComputeConfig, loader_processes
 from models.configs import TrainConfig
 from models.inference import forward_probabilities
 from models.initial import load_model_state, load_pretrained
@@ -172,7 +172,8 @@ class Trainer:
         record_steps = self.config.record_steps or max(1, self.num_steps // RECORDS)
         validation_steps = max(1, self.num_steps // self.config.num_validations)
         shown, since = dict[str, Any](), (time.perf_counter(), self.step)
-        for batch in training_loader(self.batches, self.step, self.num_steps, self.compute.loader_workers):
+        workers = loader_processes(self.compute, self.spec["device"])
+        for batch in training_loader(self.batches, self.step, self.num_steps, workers):
             facts = self.advance(batch, self.step)
             self.step += 1
             last = self.step == self.num_steps

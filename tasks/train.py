@@ -11,7 +11,7 @@ from storage.cache import node_cache
 from storage.errors import UserError
 from tasks.contract import StageContext, StageResult
 
-VERSION = 1
+VERSION = 2
 TEACHER_ROLE, INITIAL_ROLE = "teacher", "initial"  # of the inputs: who labels online, whose weights come first
 
 
