@@ -17,7 +17,7 @@ from torchvision.transforms import functional as reference
 
 from models.configs import PAPER_OPS, RELEASED_OPS, NoiseConfig
 from models.noise import OPS, clean_view, noised_view, random_resized_box
-from tests.models.noise_pictures import PLAIN, picture, view
+from tests.models.noise_pictures import PLAIN, picture, pixels, random_pictures, view
 
 # The noised view
 
