@@ -1,6 +1,7 @@
 """The config of a whole run: a recipe (YAML) with dotted overrides -> a typed, cross-checked `Experiment`.
 
-A recipe's `train` part is common to all networks; `teacher`, `student` and `selector` add to it, and each entry of
+A recipe may lie upon another file of its kind, `base: FILE` (a path from its own folder): what it says replaces what that
+says, section by section. A recipe's `train` part is common to all networks; `teacher`, `student` and `selector` add to it, and each entry of
 `iterations` adds to `student`. Iterations count from 1, as in refs: `iterations.2.batch_ratio=28` is `NAME/2/student`.
 """
 
@@ -202,14 +203,26 @@ def _says(value: Any, steps: list[str]) -> bool:
     return True
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is empty or no mapping; a recipe needs at least name, data, train, iterations")
+    if "base" in raw:
+        raw = merge(_read_base(path, raw.pop("base"), (*above, path.resolve())), raw)
     scales = raw.get("scales") or {}
     if not isinstance(scales, dict) or not all(isinstance(fields, dict) for fields in scales.values()):
         raise UserError(f"{path.name}: scales must map a name to dotted fields, e.g. {{smoke: {{teacher.epochs: 1}}}}")
     return raw
+
+
+def _read_base(path: Path, base: Any, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The file that a recipe lies upon. Raises UserError where there is none, or one that leads back to itself."""
+    below = path.parent / str(base)
+    if not isinstance(base, str) or not below.is_file():
+        raise UserError(f"{path.name}: base={base!r} is no file in {path.parent}; name one by its path from there")
+    if below.resolve() in above:
+        raise UserError(f"{path.name}: base={base!r} lies upon this file itself; remove one of the two")
+    return _read_yaml(below, above)

@@ -142,7 +142,7 @@ def test_a_recipe_without_iterations_has_one(tmp_path: Path) -> None:
         ("train.labeled_batch=[32]", "override: train.labeled_batch=[32]: input should be a valid integer"),
         ("order=twice", "override: order=twice: input should be 'each_iteration' or 'once'"),
         ("train=5", "override: train=5: input should be a valid dictionary"),
-        ("student.epochs=-1", "tiny.yaml: student.epochs: input should be greater than 0 (found -1)"),
+        ("student.epochs=-1", "tiny.yaml: student.epochs: input should be greater than or equal to 0 (found -1)"),
         ("train.seed=-1", "tiny.yaml: train.seed: input should be greater than or equal to 0 (found -1)"),
         ("train.epochs=.inf", "input should be a finite number (found inf)"),
         ("train.noise.ops=[Rotat]", "tiny.yaml: train.noise: unknown operations Rotat; choose from AutoContrast"),
