@@ -25,12 +25,12 @@ from storage.shards import INDEX_SCHEMA, ShardSample, index_name, write_parquet,
 from tasks.contract import StageContext
 from tasks.leaks.index import LeakConfig
 from tasks.leaks.phash import SIDE, gray_thumbnail, hash_grays
-from tasks.sources import SPLITS, UNKNOWN_ROWS, RawImage, Source, SourceFile
+from tasks.sources import SPLITS, UNKNOWN_ROWS, USUAL_BYTES, RawImage, Source, SourceFile
 from tasks.sources.digits import DigitsConfig, DigitsSource
 from tasks.sources.files import FilesSource
 from tasks.sources.torchvision import TorchvisionConfig, TorchvisionSource
 
-VERSION = 2  # of the parts; 2: a perceptual hash in the index
+VERSION = 3  # of the parts; 2: a perceptual hash in the index; 3: torn tars are told, with what they lost
 STAGE = "ingest"
 NO_NUMERICS: dict[str, Any] = {}
 THUMBNAILS_SCHEMA = pa.schema([("thumbnail", pa.binary(SIDE * SIDE))])  # gray, row by row, in the index's order
@@ -91,7 +91,7 @@ class Stretch(Config):
         """Rows of the source, decodable or not; a guess by size where only reading tells."""
         if self.last != UNKNOWN_ROWS:
             return self.last - self.first
-        return max(1, self.file.bytes // 50_000)
+        return max(1, self.file.bytes // USUAL_BYTES)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -173,8 +173,12 @@ def sample_key(name: str, row: int | None = None) -> str:
 
 
 def check_rejects(config: DataConfig, split: str, parts: Sequence[Part]) -> dict[str, int]:
-    """The counts of a split's images and rejects. Raises UserError on too many rejects, and where nothing is left."""
-    kept, rejected = (sum(p.file(n).rows or 0 for p in parts) for n in ("index.parquet", "rejects.parquet"))
+    """The counts of a split's images and rejects. Raises UserError on too many rejects, and where nothing is left.
+
+    A torn tar is one row of the rejects and counts as all the images that it lost, by estimate.
+    """
+    kept = sum(part.file("index.parquet").rows or 0 for part in parts)
+    rejected = sum(part.facts["rejected"] for part in parts)
     if rejected > config.max_reject_fraction * (kept + rejected) or not kept:
         first = "; ".join([reason for part in parts for reason in part.facts["rejects"]][:FIRST_REJECTS])
         raise UserError(
@@ -211,8 +215,10 @@ def name_files(
 def _write_shard(store: Store, stretch: Stretch, source: Source, on_read: Any) -> None:
     rows: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
+    rejected = 0
 
     def samples() -> Iterator[ShardSample]:
+        nonlocal rejected
         images = source.read(stretch.file, stretch.first, stretch.last)
         for number, raw in enumerate(images, start=stretch.first):
             try:
@@ -220,6 +226,7 @@ def _write_shard(store: Store, stretch: Stretch, source: Source, on_read: Any) -
             except ImageError as error:
                 where = raw.path if raw.own_name else f"{stretch.file.name}:{raw.path}"
                 rejects.append({"source": where, "row": number, "reason": str(error)})
+                rejected += raw.stands_for
                 continue
             on_read(len(rows))
             rows.append(row)
@@ -239,7 +246,8 @@ def _write_shard(store: Store, stretch: Stretch, source: Source, on_read: Any) -
                 row["offset"], row["bytes"] = next(iter(place.values()))
             files["shard.tar"] = (folder / "shard.tar", len(rows))
         facts: dict[str, Any] = {
-            "rejects": [f"{r['source']} row {r['row']}: {r['reason']}" for r in rejects[:FIRST_REJECTS]]
+            "rejects": [f"{r['source']} row {r['row']}: {r['reason']}" for r in rejects[:FIRST_REJECTS]],
+            "rejected": rejected,
         }
         if stretch.in_place:
             facts["tar"] = {"bytes": stretch.file.bytes, "sha256": source.sha256(stretch.file)}

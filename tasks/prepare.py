@@ -31,7 +31,7 @@ from tasks.ingest import (
 )
 from tasks.sources import LABELED_SPLITS, SourceFile, cut_rows
 
-VERSION = 2  # 2: without the unlabeled images; keys of image folders and tars
+VERSION = 3  # 2: without the unlabeled images; keys of image folders and tars; 3: torn tars are told
 SHUFFLE = "shuffle"
 
 

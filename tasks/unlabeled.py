@@ -43,9 +43,9 @@ from tasks.ingest import (
 from tasks.leaks.index import LEAKS_SCHEMA, LeakConfig, LeakIndex, evaluation_table
 from tasks.leaks.phash import SIDE
 
-VERSION = 1
+VERSION = 2  # 2: torn tars are told
 GUARD = "guard"
-GUARD_VERSION = 1
+GUARD_VERSION = 2  # 2: torn tars are told
 SPLIT = "unlabeled"
 LEAKS_FILE = "leaks.parquet"
 EVALUATION_SPLITS = ("val", "test")

@@ -15,6 +15,7 @@ from storage.keys import Config
 LABELED_SPLITS = ("labeled", "val", "test")
 SPLITS = (*LABELED_SPLITS, "unlabeled")
 UNKNOWN_ROWS = -1  # only reading tells how many
+USUAL_BYTES = 50_000  # of an image, where nothing better is known than that it is one
 
 
 class Member(Config):
@@ -50,7 +51,8 @@ class RawImage:
     """An image as its source has it.
 
     `data`: its bytes; `path`: the name that the source gives it; `label`: -1 without one; `offset`: of its bytes in the
-    source's file, where it lies there as it is; `problem`: why there are no bytes; `own_name`: where it is a file.
+    source's file, where it lies there as it is; `problem`: why there are no bytes; `own_name`: where it is a file;
+    `stands_for`: how many images a problem has lost.
     """
 
     data: bytes
@@ -59,6 +61,7 @@ class RawImage:
     offset: int = -1
     problem: str = ""
     own_name: str = ""
+    stands_for: int = 1
 
 
 class Source(Protocol):

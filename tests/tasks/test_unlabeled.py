@@ -287,14 +287,44 @@ def test_hostile_and_odd_members_of_a_tar_do_no_harm(store: Store, images: Path,
     assert {p for p in tmp_path.rglob("*") if "store" not in p.parts} == {p for p in before if "store" not in p.parts}
 
 
-def test_what_is_whole_in_a_torn_tar_is_used_and_the_tear_is_told(store: Store, images: Path) -> None:
-    path = write_tar(images / "torn.tar", [(f"{n:03d}.png", encoded(picture(n, 60, 60))) for n in range(30)])
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    manifest = committed(store, run(store, images, unlabeled="torn.tar", max_reject_fraction=0.1))
-    assert 10 <= manifest.metrics["unlabeled"]["images"] < 30
+TORN = {
+    "a damaged header": lambda tar, at: bytes([*tar[: at + 20], tar[at + 20] ^ 1, *tar[at + 21 :]]),
+    "4 kB of zeros": lambda tar, at: tar[:at] + bytes(4096) + tar[at + 4096 :],
+    "cut inside a header": lambda tar, at: tar[: at + 100],
+    "cut between two members": lambda tar, at: tar[:at],
+    "cut inside an image": lambda tar, at: tar[: at + 600],
+    "two tars glued together": lambda tar, at: tar[:at] + bytes(1024) + tar[at:],
+}
+
+
+@pytest.mark.parametrize("damage", TORN)
+def test_what_is_whole_in_a_torn_tar_is_used_and_the_tear_is_told(store: Store, images: Path, damage: str) -> None:
+    path = write_tar(images / "torn.tar", [(f"{n:03d}.png", encoded(picture(n, 60, 60))) for n in range(100)])
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[90].offset
+    path.write_bytes(TORN[damage](path.read_bytes(), header))
+    manifest = committed(store, run(store, images, unlabeled="torn.tar", max_reject_fraction=0.12))
     (reject,) = read_table(store, manifest.file("rejects/unlabeled/00000.parquet")).to_pylist()
-    assert "the tar is torn" in reject["reason"]
+    assert reject["reason"].startswith(f"the tar is torn at byte {header if 'image' not in damage else ''}"[:26])
+    counts = manifest.metrics["unlabeled"]
+    assert counts["images"] == 90
+    if damage.startswith("cut"):
+        assert counts["rejected"] == 1
+    else:
+        assert 9 <= counts["rejected"] <= 11, "a tear counts as the images that it lost"
+        with pytest.raises(UserError, match=rf"{counts['rejected']} of .* images .*torn at byte"):
+            run(store, images, unlabeled="torn.tar")
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_whole_tar_of_any_form_loses_nothing(store: Store, images: Path, form: int) -> None:
+    with tarfile.open(images / "whole.tar", "w", format=form) as tar:
+        for n in range(5):
+            info = tarfile.TarInfo(f"{'größe' if form != tarfile.USTAR_FORMAT else 'size'}/{'x' * 90}{n}.png")
+            info.size = len(png(n))
+            tar.addfile(info, io.BytesIO(png(n)))
+    counts = run(store, images, unlabeled="whole.tar").metrics["unlabeled"]
+    assert (counts["images"], counts["rejected"]) == (5, 0)
 
 
 def test_what_is_no_tar_or_a_compressed_one_is_an_error_that_names_it(store: Store, images: Path) -> None:
