@@ -26,6 +26,7 @@ from storage.artifacts import (
     publish_file,
     publish_part,
 )
+from storage.errors import UserError
 from storage.keys import digest
 from storage.objects import Store
 from storage.shards import read_table, read_tables, write_parquet
@@ -43,9 +44,9 @@ from tasks.ingest import (
 from tasks.leaks.index import LEAKS_SCHEMA, LeakConfig, LeakIndex, evaluation_table
 from tasks.leaks.phash import SIDE
 
-VERSION = 2  # 2: torn tars are told
+VERSION = 2  # 2: torn tars are told; leaks at distance 0 are the same bytes
 GUARD = "guard"
-GUARD_VERSION = 2  # 2: torn tars are told
+GUARD_VERSION = 2  # 2: torn tars are told; leaks at distance 0 are the same bytes
 SPLIT = "unlabeled"
 LEAKS_FILE = "leaks.parquet"
 EVALUATION_SPLITS = ("val", "test")
@@ -64,7 +65,7 @@ class UnlabeledConfig(DataConfig):
 def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, Manifest]) -> StageResult:
     """Make the data set of unlabeled images, without those of `inputs["data"]`'s validation and test sets.
 
-    Raises UserError on missing files and on too many rejects.
+    Raises UserError on missing files, on too many rejects, and where no image is left.
     """
     source, data = open_source(config), inputs["data"]
     stretches = plan_stretches(config, source.files([SPLIT]))
@@ -80,6 +81,11 @@ def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, 
     files = name_files(SPLIT, list(zip(tars, indices, strict=True)), rejects)
     names = {entry.path: entry.name for entry in files}
     leaks = _all_leaks(context.store, [names.get(tar.path, "") for tar in tars], guarded)
+    if leaks.num_rows == counts["images"]:
+        raise UserError(
+            f"data.unlabeled={config.unlabeled!r}: no image is left: {leaks.num_rows} are copies of validation or test images"
+            f" and {counts['rejected']} cannot be decoded; point it at other images, or set data.leaks.enabled=false"
+        )
     with context.store.staging() as folder:
         write_parquet(folder / LEAKS_FILE, leaks)
         place = artifact_folder("dataset", context.key)

@@ -128,6 +128,25 @@ def test_the_guard_can_be_switched_off_and_told_to_spare_mirror_images(store: St
     assert run(store, leaky, leaks={"mirrored": False}).metrics["leaks"] == {"exact": 1, "near": 3}
 
 
+def test_distance_0_means_the_same_bytes(store: Store, leaky: Path) -> None:
+    """Many pictures of one digit are equal; only the file's copy is a leak."""
+    table = pq.read_table(leaky / "unlabeled.parquet")
+    same_pixels = [encoded(photograph(2000 + n), compress_level=1) for n in range(10)]
+    rows = [row["image"]["bytes"] for row in table.to_pylist()]
+    write_images(leaky / "unlabeled.parquet", [*rows, *same_pixels])
+    result = run(store, leaky, leaks={"max_distance": 0})
+    assert result.metrics["leaks"] == {"exact": 1}
+    assert result.metrics["unlabeled"]["images"] == 39
+
+
+def test_a_set_of_nothing_but_leaks_is_an_error_that_says_so(store: Store, leaky: Path) -> None:
+    leaks = [encoded(photograph(2000 + n)) for n in range(20)]
+    write_images(leaky / "unlabeled.parquet", [*leaks, b"text"])
+    with pytest.raises(UserError, match=r"no image is left: 20 are copies .* and 1 cannot be decoded") as error:
+        run(store, leaky)
+    assert "data.unlabeled='unlabeled*.parquet'" in str(error.value)
+
+
 def test_another_guard_makes_no_shard_anew(store: Store, leaky: Path) -> None:
     run(store, leaky)
     before = set(store.paths("parts/ingest"))
