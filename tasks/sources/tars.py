@@ -128,6 +128,7 @@ def _members(stream: "_Hashing", url: str) -> Iterator[tuple[tarfile.TarInfo, by
     reason = ""
     try:
         for info in tar:
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: 1 kB an image
             found = NAME.match(info.name) if info.isreg() and not info.issparse() else None
             if found is None:
                 continue

@@ -16,7 +16,8 @@ from storage.errors import UserError
 from storage.objects import Store
 from storage.shards import ShardReader, read_index, read_table, shard_files
 from tasks.contract import StageContext, StageResult
-from tasks.ingest import DataConfig, fingerprint, open_source, sample_key
+from tasks.ingest import DataConfig, fingerprint, open_source
+from tasks.source_parts import sample_key
 from tasks.sources import SPLITS
 from tests.datasets import HereEngine, prepare_all
 from tests.real_images import encoded, image_column, jpeg, picture, png, pngs, write_images, write_splits

@@ -2,6 +2,7 @@ import io
 import json
 import re
 import tarfile
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,38 @@ def test_not_one_image_byte_of_a_registered_tar_is_copied(store: Store, crawl: P
     run(copied, crawl, unlabeled="crawl", in_place=False)
     stored = b"".join(copied.read_bytes(path) for path in copied.paths("parts") if path.endswith(".tar"))
     assert jpeg(3) in stored
+
+
+def test_copied_tars_are_cut_into_shards_of_the_size_asked_for(store: Store, images: Path) -> None:
+    write_tar(images / "one.tar", samples(0, 24))
+    write_tar(images / "two.tar", samples(50, 3))
+    members = [((f"{n}.png", png(n)), (f"{n}.cls", b"1")) for n in range(13)]
+    write_tar(images / "val.tar", [member for sample in members for member in sample])
+    settings: dict[str, Any] = {"unlabeled": "*o*.tar", "val": "val.tar", "in_place": False}
+    manifest = committed(store, run(store, images, **settings))
+    assert [shard.rows for shard in shard_files(manifest, "unlabeled")] == [10, 10, 4, 3]
+    assert [shard.rows for shard in shard_files(manifest, "val")] == [10, 3]
+    rows = read_index(store, manifest, "unlabeled").to_pylist()
+    assert len({row["key"] for row in rows}) == 27
+    reader = ShardReader(store, shard_files(manifest, "unlabeled"))
+    read = [reader.read(row["shard"], row["offset"], row["bytes"], row["sha256"]) for row in rows]
+    assert read == [jpeg(n) for n in (*range(24), *range(50, 53))]
+    by_bytes = run(Store(store.url + "-bytes"), images, shard_bytes=2 * len(jpeg(0)), **settings)
+    assert {f.rows for f in by_bytes.files if f.name.startswith("shards/unlabeled/")} <= {1, 2, 3}
+    parts = set(store.paths("parts/ingest"))
+    assert run(store, images, shard_images=7, **settings).metrics["unlabeled"]["images"] == 27
+    assert set(store.paths("parts/ingest")) > parts, "another size is another part"
+
+
+def test_memory_does_not_grow_with_the_images_of_a_tar(store: Store, images: Path) -> None:
+    peaks = []
+    for count in (1200, 3600):
+        path = write_tar(images / f"{count}.tar", [(f"{n}.png", png(n % 50)) for n in range(count)])
+        tracemalloc.start()
+        run(store, images, unlabeled=path.name, leaks={"enabled": False})
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 2400 < 500, f"bytes an image: {peaks}"
 
 
 def test_a_registered_tar_that_changed_or_vanished_is_named(store: Store, crawl: Path) -> None:
