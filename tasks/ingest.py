@@ -12,13 +12,13 @@ from models.compute import group_shards
 from models.worker import Stopped, Worker
 from storage.artifacts import FileEntry, Part, find_part, find_parts, made_parts
 from storage.backend import refuse_credentials
-from storage.errors import UserError
 from storage.keys import Config, digest
 from storage.objects import Store
 from storage.shards import index_name
 from tasks.contract import StageContext
 from tasks.leaks.index import LeakConfig
-from tasks.source_parts import FIRST_REJECTS, NO_NUMERICS, STAGE, Stretch, shards_of, write_part
+from tasks.reject_limit import RejectLimit, part_facts
+from tasks.source_parts import NO_NUMERICS, STAGE, Stretch, write_part
 from tasks.sources import SPLITS, UNKNOWN_ROWS, Source, SourceFile
 from tasks.sources.digits import DigitsConfig, DigitsSource
 from tasks.sources.files import FilesSource
@@ -90,7 +90,10 @@ def plan_stretches(config: DataConfig, files: Sequence[SourceFile]) -> list[Stre
 
 
 def ingest(context: StageContext, config: DataConfig, stretches: Sequence[Stretch]) -> list[Part]:
-    """Make the missing shards in child processes; the parts of all, in order."""
+    """Make the missing parts in child processes; the parts of all, in order.
+
+    Raises UserError as soon as a split has more rejects than it may have, whatever follows.
+    """
     keys = [stretch.part_key() for stretch in stretches]
     found = find_parts(context.store, STAGE, keys, NO_NUMERICS)
     missing = [stretch for stretch, key in zip(stretches, keys, strict=True) if found[key] is None]
@@ -103,7 +106,8 @@ def ingest(context: StageContext, config: DataConfig, stretches: Sequence[Stretc
         }
         for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
-    context.engine.map("tasks.ingest:write_shards", specs, context.progress_of(sum(sizes)))
+    limit = RejectLimit(config.max_reject_fraction, stretches, found.values())
+    context.engine.map("tasks.ingest:write_shards", specs, limit.listener(context.progress_of(sum(sizes))))
     if missing:
         found = find_parts(context.store, STAGE, keys, NO_NUMERICS)
     return made_parts(STAGE, found, keys)
@@ -118,28 +122,16 @@ def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     for stretch in stretches:
         if worker.stop_requested:
             raise Stopped
-        if find_part(store, STAGE, stretch.part_key(), NO_NUMERICS) is None:
-            write_part(store, stretch, source, lambda read: worker.progress(min(total, done + read), total))  # noqa: B023
+        part = find_part(store, STAGE, stretch.part_key(), NO_NUMERICS) or write_part(
+            store,
+            stretch,
+            source,
+            lambda read: worker.progress(min(total, done + read), total),  # noqa: B023
+        )
         done += stretch.num_images
-        worker.progress(done, total)
+        worker.progress(done, total, last=True, made={"key": part.key, **part_facts(part)})
     worker.progress(total, total, last=True)
     return {}
-
-
-def check_rejects(config: DataConfig, split: str, parts: Sequence[Part]) -> dict[str, int]:
-    """The counts of a split's images and rejects. Raises UserError on too many rejects, and where nothing is left.
-
-    A torn tar is one row of the rejects and counts as all the images that it lost, by estimate.
-    """
-    kept = sum(shard.index.rows or 0 for part in parts for shard in shards_of(part))
-    rejected = sum(part.facts["rejected"] for part in parts)
-    if rejected > config.max_reject_fraction * (kept + rejected) or not kept:
-        first = "; ".join([reason for part in parts for reason in part.facts["rejects"]][:FIRST_REJECTS])
-        raise UserError(
-            f"data.{split}: {rejected} of {kept + rejected} images cannot be decoded, more than "
-            f"data.max_reject_fraction={config.max_reject_fraction} allows ({first or 'the files hold no rows'}); mend or remove them"
-        )
-    return {"images": kept, "rejected": rejected}
 
 
 def name_files(

@@ -21,12 +21,12 @@ from storage.shards import INDEX_SCHEMA, ShardReader, ShardSample, read_tables, 
 from tasks.contract import StageContext, StageResult
 from tasks.ingest import (
     DataConfig,
-    check_rejects,
     ingest,
     name_files,
     open_source,
     plan_stretches,
 )
+from tasks.reject_limit import check_rejects
 from tasks.source_parts import NO_NUMERICS, SourceShard, shards_of
 from tasks.sources import LABELED_SPLITS, SourceFile, cut_rows
 
@@ -53,7 +53,7 @@ def prepare(context: StageContext, config: PrepareConfig, inputs: dict[str, Mani
         split: [part for stretch, part in zip(stretches, parts, strict=True) if stretch.file.split == split]
         for split in LABELED_SPLITS
     }
-    counts = {split: check_rejects(config, split, by_split[split]) for split in LABELED_SPLITS}
+    counts = {split: check_rejects(config.max_reject_fraction, split, by_split[split]) for split in LABELED_SPLITS}
     shards = {split: [shard for part in by_split[split] for shard in shards_of(part)] for split in LABELED_SPLITS}
     labels = {split: _labels(context.store, shards[split]) for split in LABELED_SPLITS}
     class_names = check_decoded_labels(config, class_names, labels)

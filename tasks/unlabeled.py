@@ -33,7 +33,6 @@ from storage.shards import INDEX_SCHEMA, TableWriter, read_batches, read_table, 
 from tasks.contract import StageContext, StageResult
 from tasks.ingest import (
     DataConfig,
-    check_rejects,
     ingest,
     name_files,
     open_source,
@@ -41,6 +40,7 @@ from tasks.ingest import (
 )
 from tasks.leaks.index import LEAKS_SCHEMA, Leak, LeakConfig, LeakIndex, evaluation_table
 from tasks.leaks.phash import SIDE
+from tasks.reject_limit import check_rejects
 from tasks.source_parts import NO_NUMERICS, SourceShard, shards_of
 
 VERSION = 2  # 2: torn tars are told, copied ones cut; leaks at distance 0 are the same bytes
@@ -75,7 +75,7 @@ def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, 
         for stretch, part in zip(stretches, parts, strict=True)
         for shard in shards_of(part, source.location(stretch.file) if stretch.in_place else "")
     ]
-    counts = check_rejects(config, SPLIT, parts)
+    counts = check_rejects(config.max_reject_fraction, SPLIT, parts)
     guarded = guard(context, config.leaks, data, shards) if config.leaks.enabled else []
     kept = [next((entry for entry in part.files if entry.name == "index.parquet"), None) for part in guarded]
     indices = [own or shard.index for own, shard in zip_longest(kept, shards)]
