@@ -41,6 +41,10 @@ class DataConfig(Config):
     val: str = Field("val*.parquet", description="validation images: settings are chosen on these")
     test: str = Field("test*.parquet", description="test images: reported on, never chosen on")
     unlabeled: str = Field("unlabeled*.parquet", description="images whose labels, if any, are not read")
+    image_column: str = Field(
+        "", description="of Parquet files; empty: `image`, `img`, or the only one that holds images"
+    )
+    label_column: str = Field("", description="of Parquet files; empty: `label` or `fine_label`")
     class_names: tuple[str, ...] = Field((), description="classes by label; empty: from the files")
     shard_images: int = Field(10_000, ge=1, description="images of a shard, at most")
     shard_bytes: int = Field(SHARD_BYTES, ge=1, description="bytes of a shard, about, at most")
@@ -66,7 +70,8 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "torchvision":
         return TorchvisionSource(config.torchvision, config.root, limits)
     roots = dict.fromkeys(SPLITS, config.root) | {"unlabeled": config.unlabeled_root or config.root}
-    return FilesSource(roots, {split: getattr(config, split) for split in SPLITS}, config.class_names, limits)
+    patterns = {split: getattr(config, split) for split in SPLITS}
+    return FilesSource(roots, patterns, config.class_names, limits, (config.image_column, config.label_column))
 
 
 def fingerprint(files: Sequence[SourceFile]) -> str:
@@ -78,7 +83,9 @@ def plan_stretches(config: DataConfig, files: Sequence[SourceFile]) -> list[Stre
     """Cut files into stretches, in their order. A tar is one."""
     stretches = []
     for file in files:
-        in_place = config.in_place and file.split == "unlabeled" and file.name.endswith(".tar") and not file.members
+        in_place = (
+            config.in_place and file.split == "unlabeled" and file.name.lower().endswith(".tar") and not file.members
+        )
         if file.rows == UNKNOWN_ROWS:
             most = (0, 0) if in_place else (config.shard_images, config.shard_bytes)
             whole = Stretch(file=file, first=0, last=UNKNOWN_ROWS, in_place=in_place)

@@ -58,6 +58,8 @@ class Stretch(Config):
         }
         if self.most_images:
             identity |= {"limits": (self.most_images, self.most_bytes)}
+        if self.file.columns:
+            identity |= {"columns": self.file.columns}
         file = (self.file.name, self.file.sha256)
         return digest({**identity, "file": file, "rows": (self.first, self.last)})
 

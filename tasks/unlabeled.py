@@ -58,7 +58,7 @@ class UnlabeledConfig(DataConfig):
 
     not_in_key: ClassVar[tuple[str, ...]] = (
         *DataConfig.not_in_key,
-        *("labeled", "val", "test", "class_names", "min_images_per_class", "seed"),
+        *("labeled", "val", "test", "label_column", "class_names", "min_images_per_class", "seed"),
     )
 
 

@@ -30,7 +30,8 @@ class Member(Config):
 class SourceFile(Config):
     """One file of a source, or a stretch of a listing of image files: what a worker needs to read it.
 
-    `sha256` is its fingerprint; `cuts` are the rows at which its shards begin.
+    `sha256` is its fingerprint; `cuts` are the rows at which its shards begin; `columns` where a table has the images and
+    the labels, empty: `image` and `label`.
     """
 
     split: str
@@ -39,11 +40,12 @@ class SourceFile(Config):
     sha256: str
     rows: int
     cuts: tuple[int, ...] = (0,)
+    columns: tuple[str, ...] = ()
     members: tuple[Member, ...] = ()
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from other files: not how it is cut."""
-        return self.model_dump(exclude={"cuts", "members"})
+        """What tells it from other files: not how it is cut and read."""
+        return self.model_dump(exclude={"cuts", "columns", "members"})
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ IMAGE_MEMBERS = frozenset(
 )
 LABEL_MEMBER = "cls"
 MAX_LABEL_BYTES = 64
+MAX_LABEL = 2**31 - 1  # the index has 32 bits for it
 BUFFER_BYTES = 1 << 20
 
 
@@ -163,8 +164,10 @@ def _sample(name: str, image: RawImage | None, label: bytes | None, split: str) 
         return RawImage(b"", name, problem="no image among its members")
     if split != "unlabeled" and not image.problem:
         text = (label or b"").strip()
-        if text.isdigit():
+        if text.isdigit() and int(text) <= MAX_LABEL:
             image.label = int(text)
+        elif text.isdigit():
+            image.problem = f"its label is {text[:20].decode()}, more than {MAX_LABEL:,}"
         else:
             image.problem = f"its label is {text[:20]!r}, not a number" if text else f"no label (.{LABEL_MEMBER})"
     return image

@@ -213,6 +213,15 @@ def test_img2datasets_tars_are_registered_where_they_lie(store: Store, crawl: Pa
     assert verify_artifact(store, manifest).problems == []
 
 
+def test_the_kind_of_a_file_does_not_depend_on_the_case_of_its_name(store: Store, images: Path) -> None:
+    (images / "unlabeled.parquet").rename(images / "UNLABELED.PARQUET")
+    write_tar(images / "CRAWL.TAR", samples(0, 3))
+    parquet = run(store, images, unlabeled="UNLABELED.PARQUET")
+    assert parquet.metrics["unlabeled"]["images"] == 30
+    tar = run(store, images, unlabeled="CRAWL.TAR")
+    assert [f.path for f in tar.files if f.name.startswith("shards/unlabeled")] == [(images / "CRAWL.TAR").as_uri()]
+
+
 def prefixes(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["key"].split("-")[-2] for row in rows))
 
@@ -394,15 +403,20 @@ def test_labeled_tars_carry_their_labels(store: Store, images: Path) -> None:
     members = [[(f"{n:03d}.png", png(n)), (f"{n:03d}.cls", str(n % 3).encode())] for n in range(40)]
     members[7][1] = ("007.cls", b"cat")
     members[8].pop()
+    members[9][1] = ("009.cls", str(2**31).encode())
     write_tar(images / "labeled.tar", [member for sample in members for member in sample])
-    manifest = committed(store, run(store, images, labeled="labeled.tar", shard_images=15))
+    manifest = committed(store, run(store, images, labeled="labeled.tar", shard_images=15, max_reject_fraction=0.1))
     rows = read_index(store, manifest, "labeled").to_pylist()
-    assert {int(row["key"][-8:]): row["label"] for row in rows} == {n: n % 3 for n in range(40) if n not in (7, 8)}
-    assert [shard.rows for shard in shard_files(manifest, "labeled")] == [15, 15, 8]
+    assert {int(row["key"][-8:]): row["label"] for row in rows} == {n: n % 3 for n in range(40) if n not in (7, 8, 9)}
+    assert [shard.rows for shard in shard_files(manifest, "labeled")] == [15, 15, 7]
     rejects = read_table(store, manifest.file("rejects/labeled/00000.parquet")).to_pylist()
-    assert [row["reason"] for row in rejects] == ["its label is b'cat', not a number", "no label (.cls)"]
+    assert [row["reason"] for row in rejects] == [
+        "its label is b'cat', not a number",
+        "no label (.cls)",
+        "its label is 2147483648, more than 2,147,483,647",
+    ]
     with pytest.raises(UserError, match=r"an image has label 2, outside the 2 classes 0\.\.1"):
-        run(store, images, labeled="labeled.tar", class_names=("a", "b"))
+        run(store, images, labeled="labeled.tar", class_names=("a", "b"), max_reject_fraction=0.1)
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar", "folder"])
