@@ -30,7 +30,7 @@ from tasks.reject_limit import check_rejects
 from tasks.source_parts import NO_NUMERICS, SourceShard, shards_of
 from tasks.sources import LABELED_SPLITS, SourceFile, cut_rows
 
-VERSION = 3  # 2: without the unlabeled images; keys of image folders and tars; 3: torn tars are told, copied ones cut
+VERSION = 3  # 2: without the unlabeled images; keys of image folders and tars; 3: torn tars are told, copied ones cut, folders cut by names
 SHUFFLE = "shuffle"
 
 

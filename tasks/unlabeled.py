@@ -43,9 +43,11 @@ from tasks.leaks.phash import SIDE
 from tasks.reject_limit import check_rejects
 from tasks.source_parts import NO_NUMERICS, SourceShard, shards_of
 
-VERSION = 2  # 2: torn tars are told, copied ones cut; leaks at distance 0 are the same bytes
+VERSION = 2  # 2: torn tars are told, copied ones cut, folders cut by names; leaks at distance 0 are the same bytes
 GUARD = "guard"
-GUARD_VERSION = 2  # 2: torn tars are told, copied ones cut; leaks at distance 0 are the same bytes
+GUARD_VERSION = (
+    2  # 2: torn tars are told, copied ones cut, folders cut by names; leaks at distance 0 are the same bytes
+)
 SPLIT = "unlabeled"
 LEAKS_FILE = "leaks.parquet"
 EVALUATION_SPLITS = ("val", "test")

@@ -18,7 +18,8 @@ UNKNOWN_ROWS = -1  # only reading tells how many
 USUAL_BYTES = 50_000  # of an image, where nothing better is known than that it is one
 
 
-class Member(Config):
+@dataclass(frozen=True, slots=True)  # a listing has millions: a pydantic model takes three times the memory
+class Member:
     """One image file of a listing: its path below the root, size, fingerprint and label (-1: none)."""
 
     name: str

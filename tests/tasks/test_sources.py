@@ -1,12 +1,17 @@
+import gc
 import io
 import os
 import pickle
 import shutil
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from models.compute import ComputeConfig
@@ -15,8 +20,9 @@ from storage.errors import StoreError, UserError
 from storage.objects import Store
 from storage.shards import ShardReader, read_index, shard_files
 from tasks.contract import StageContext
-from tasks.ingest import DataConfig, fingerprint, open_source
-from tasks.sources import LABELED_SPLITS, SPLITS
+from tasks.ingest import DataConfig, fingerprint, open_source, plan_stretches
+from tasks.sources import LABELED_SPLITS, SPLITS, Member
+from tasks.sources.folders import cut_by_names
 from tests.datasets import HereEngine, prepare_all
 from tests.real_images import jpeg, png, pngs, write_images
 
@@ -145,6 +151,56 @@ def test_an_image_that_is_replaced_between_listing_and_reading_is_noticed(tmp_pa
     (tmp_path / "crawl/02.png").write_bytes(png(5))
     with pytest.raises(StoreError, match=r"crawl/02\.png was replaced since it was listed"):
         list(open_source(config).read(file, 0, 12))
+
+
+@pytest.mark.parametrize("limits", [{"shard_images": 20}, {"shard_bytes": 20 * 500}], ids=["images", "bytes"])
+@pytest.mark.parametrize("added", ["000.png", "150.png", "zzz.png"])
+def test_a_new_image_file_keeps_all_shards_but_those_beside_it(
+    tmp_path: Path, limits: dict[str, int], added: str
+) -> None:
+    folder = tmp_path / "crawl"
+    folder.mkdir()
+    for n in range(300):
+        (folder / f"{n + 1:03d}0.png").write_bytes(png(n)[:300] + bytes(400 * (n % 2)))
+    config = DataConfig(root=str(tmp_path), unlabeled="crawl", **limits)
+
+    def shards() -> dict[str, int]:
+        stretches = plan_stretches(config, open_source(config).files(["unlabeled"]))
+        return {stretch.part_key(): stretch.num_images for stretch in stretches}
+
+    before = shards()
+    (folder / added).write_bytes(png(999))
+    after = shards()
+    assert (sum(before.values()), sum(after.values())) == (300, 301)
+    assert max(after.values()) <= (20 if "shard_images" in limits else 33)
+    assert 15 <= len(before) <= 60
+    assert len(after.keys() - before.keys()) <= 3
+
+
+@given(st.lists(st.integers(0, 900), max_size=80), st.integers(1, 30), st.integers(1, 3000))
+def test_cuts_by_names_keep_both_limits(sizes: list[int], most_images: int, most_bytes: int) -> None:
+    members = [Member(f"{n}.jpg", size, "") for n, size in enumerate(sizes)]
+    cuts = cut_by_names(members, most_images, most_bytes)
+    for first, last in pairwise([*cuts, len(sizes)]):
+        assert last - first <= most_images
+        assert last - first <= 1 or sum(sizes[first:last]) <= most_bytes
+
+
+def test_a_listing_takes_little_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "crawl"
+    folder.mkdir()
+    for n in range(2000):
+        (folder / f"{n:06d}.jpg").write_bytes(b"%d" % n)
+    source = open_source(DataConfig(root=str(tmp_path), unlabeled="crawl"))
+    source.files(["unlabeled"])
+    source = open_source(DataConfig(root=str(tmp_path), unlabeled="crawl"))
+    tracemalloc.start()
+    files = source.files(["unlabeled"])
+    gc.collect()
+    used = tracemalloc.get_traced_memory()[0] / 2000
+    tracemalloc.stop()
+    assert sum(file.rows for file in files) == 2000
+    assert used < 600, f"{used:.0f} bytes a file"
 
 
 def test_the_unlabeled_files_may_lie_elsewhere(store: Store, tmp_path: Path) -> None:
