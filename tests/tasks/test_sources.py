@@ -220,6 +220,7 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[t
 
     from tasks.sources import torchvision
 
+    monkeypatch.setenv("NST_CACHE_DIR", str(root / "cache"))
     folder, rng = root / CIFAR10.base_folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
     found: dict[str, list[tuple[bytes, int]]] = {"train": [], "test": []}
@@ -268,21 +269,7 @@ def test_a_missing_torchvision_data_set_is_told_with_the_remedy(tmp_path: Path) 
 
 
 def test_svhn_has_its_extra_images_unlabeled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scipy_io = pytest.importorskip("scipy.io", reason="torchvision reads SVHN with SciPy")
-    from torchvision.datasets import SVHN
-
-    from tasks.sources import torchvision
-
-    rng = np.random.default_rng(1)
-    for part, count in (("train", 30), ("test", 10), ("extra", 40)):
-        content = {
-            "X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8),
-            "y": np.arange(count)[:, None] % 10 + 1,
-        }
-        scipy_io.savemat(tmp_path / f"{part}_32x32.mat", content)
-    parts = {part: [*facts[:2], None] for part, facts in SVHN.split_list.items()}
-    monkeypatch.setattr(SVHN, "split_list", parts)
-    monkeypatch.setitem(torchvision.IMAGES, "SVHN", {"train": 30, "test": 10, "extra": 40})
+    write_svhn(tmp_path, monkeypatch)
     config = DataConfig(root=str(tmp_path), source="torchvision", torchvision={"dataset": "SVHN", "num_val": 6})
     source = open_source(config)
     files = {file.split: file for file in source.files(SPLITS)}
@@ -294,6 +281,44 @@ def test_svhn_has_its_extra_images_unlabeled(tmp_path: Path, monkeypatch: pytest
     assert labels is not None
     assert labels.tolist() == [*range(1, 10), 0]
     assert source.class_names() == [str(n) for n in range(10)]
+
+
+def test_the_processes_of_a_machine_share_the_pixels_of_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = write_svhn(tmp_path, monkeypatch)
+    config = DataConfig(root=str(tmp_path), source="torchvision", torchvision={"dataset": "SVHN", "num_val": 6})
+    (unlabeled,) = open_source(config).files(["unlabeled"])
+    first = [raw.data for raw in open_source(config).read(unlabeled, 0, 40)]
+    for number, data in enumerate(first):
+        assert np.array_equal(decoded(data), pixels["extra"][..., number])
+    (folder,) = (tmp_path / "cache/unpacked").glob("*/")
+    folder.rename(folder.with_suffix(".making"))  # as a kill while unpacking leaves it
+    assert [raw.data for raw in open_source(config).read(unlabeled, 0, 40)] == first
+    monkeypatch.setattr("tasks.sources.unpacked._load", lambda *which: pytest.fail(f"loaded again: {which}"))
+    other = open_source(config)
+    assert [raw.data for raw in other.read(unlabeled, 0, 40)] == first
+    assert isinstance(other._loaded("extra").pixels, np.memmap)  # type: ignore[attr-defined]
+
+
+def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """SVHN's files with few images, in torchvision's layout, and a cache of their own; the pixels of each part."""
+    from scipy import io as scipy_io
+    from torchvision.datasets import SVHN
+
+    from tasks.sources import torchvision
+
+    monkeypatch.setenv("NST_CACHE_DIR", str(root / "cache"))
+    pixels: dict[str, np.ndarray] = {}
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 30), ("test", 10), ("extra", 40)):
+        pixels[part] = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        content = {"X": pixels[part], "y": np.arange(count)[:, None] % 10 + 1}
+        scipy_io.savemat(root / f"{part}_32x32.mat", content)
+    parts = {part: [*facts[:2], None] for part, facts in SVHN.split_list.items()}
+    monkeypatch.setattr(SVHN, "split_list", parts)
+    monkeypatch.setitem(torchvision.IMAGES, "SVHN", {"train": 30, "test": 10, "extra": 40})
+    return pixels
 
 
 def decoded(data: bytes) -> np.ndarray:
