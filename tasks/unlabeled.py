@@ -83,6 +83,8 @@ def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, 
     indices = [own or shard.index for own, shard in zip_longest(kept, shards)]
     rejects = [part.file("rejects.parquet") for part in parts]
     files = name_files(SPLIT, list(zip([shard.tar for shard in shards], indices, strict=True)), rejects)
+    leaked = [shard.tar for shard, own in zip(shards, kept, strict=False) if own is not None and not own.rows]
+    files += [tar.model_copy(update={"name": f"leaked/{number:05d}.tar"}) for number, tar in enumerate(leaked)]
     names = {entry.path: entry.name for entry in files}
     leaks = _all_leaks(context.store, [names.get(shard.tar.path, "") for shard in shards], guarded)
     if leaks.num_rows == counts["images"]:
@@ -181,7 +183,7 @@ def first_64_bits(digests: pa.ChunkedArray) -> np.ndarray:
 
 
 def _all_leaks(store: Store, shards: Sequence[str], guarded: Sequence[Part]) -> pa.Table:
-    """The leaks of all shards, each with its shard's name; empty for one of which nothing is left."""
+    """The leaks of all shards, each with its shard's name."""
     tables = [LEAKS_SCHEMA.append(pa.field("shard", pa.string())).empty_table()]
     found = read_tables(store, [part.file(LEAKS_FILE) for part in guarded])
     for shard, table in zip(shards, found, strict=False):

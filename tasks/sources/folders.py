@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = (
     ".pbm",
     ".pnm",
     ".jp2",
+    ".avif",
 )
 LEAST_FILLED, USUALLY_FILLED = 1 / 8, 1 / 2  # of a shard, where a name may begin the next one, and where one does
 READS_AT_ONCE = 16  # a bucket answers many small requests side by side

@@ -18,7 +18,7 @@ from tasks.sources import UNKNOWN_ROWS, USUAL_BYTES, RawImage, SourceFile
 
 NAME = re.compile(r"^((?:.*/)?[^./][^.]*)\.([^/]+)$", re.DOTALL)  # of a sample, and what tells its members apart
 IMAGE_MEMBERS = frozenset(
-    ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "img"]
+    ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "avif", "img"]
 )
 LABEL_MEMBER = "cls"
 MAX_LABEL_BYTES = 64
@@ -69,9 +69,9 @@ class TarFiles:
                     yield _sample(name, image, label, file.split)
                 name, image, label, num_samples = sample, None, None, num_samples + 1
             if kind in IMAGE_MEMBERS and image is None:
-                problem = "" if info.size <= MAX_BYTES else f"too large: {info.size:,} bytes, limit {MAX_BYTES:,}"
+                problem = _problem(info)
                 image = RawImage(data, info.name, offset=info.offset_data, problem=problem)
-            elif kind == LABEL_MEMBER:
+            elif kind == LABEL_MEMBER and info.isreg():
                 label = data
             elif image is None and label is None:
                 label = b""  # a sample without an image is told, not passed over
@@ -130,10 +130,13 @@ def _members(stream: "_Hashing", url: str) -> Iterator[tuple[tarfile.TarInfo, by
     try:
         for info in tar:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: 1 kB an image
-            found = NAME.match(info.name) if info.isreg() and not info.issparse() else None
+            found = NAME.match(info.name) if info.isreg() or info.islnk() or info.issym() else None
             if found is None:
                 continue
             kind = found[2].lower()
+            if not info.isreg() or info.issparse():
+                yield info, b"", found[1], kind
+                continue
             most = MAX_BYTES if kind in IMAGE_MEMBERS else MAX_LABEL_BYTES
             wanted = (kind in IMAGE_MEMBERS or kind == LABEL_MEMBER) and info.size <= most
             content = tar.extractfile(info) if wanted else None
@@ -157,6 +160,15 @@ def _end_of_content(tar: tarfile.TarFile) -> int:
         end = place + content if content else end
         place += len(block)
     return end
+
+
+def _problem(info: tarfile.TarInfo) -> str:
+    """Why a member has no bytes of its own that could be an image; empty where it has."""
+    if not info.isreg():
+        return f"a link to {info.linkname[:200]!r}, whose bytes are not here; write tars with --hard-dereference"
+    if info.issparse():
+        return "a sparse file; write tars without --sparse"
+    return "" if info.size <= MAX_BYTES else f"too large: {info.size:,} bytes, limit {MAX_BYTES:,}"
 
 
 def _sample(name: str, image: RawImage | None, label: bytes | None, split: str) -> RawImage:

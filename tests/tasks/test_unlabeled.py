@@ -124,6 +124,23 @@ def test_the_report_shows_pairs_of_every_kind(store: Store, leaky: Path) -> None
     assert leak_section(store, manifest.model_copy(update={"metrics": {}}), manifest, most=3) is None
 
 
+def test_leaks_of_a_shard_of_which_nothing_is_left_are_shown_too(store: Store, leaky: Path) -> None:
+    leaks = [encoded(photograph(2000 + n)) for n in range(20)]
+    write_images(leaky / "unlabeled-a.parquet", leaks[:10])
+    write_images(leaky / "unlabeled-b.parquet", leaks[10:])
+    manifest = committed(store, run(store, leaky, unlabeled="unlabeled*.parquet", leaks={"max_distance": 0}))
+    assert len(shard_files(manifest, "unlabeled")) == 3
+    assert all(row["shard"] for row in read_table(store, manifest.file("leaks.parquet")).to_pylist())
+    section = leak_section(store, manifest, manifest, most=100)
+    assert section is not None
+    assert (section["total"], len(section["pairs"])) == (21, 21)
+    few = leak_section(store, manifest, manifest, most=4)
+    assert few is not None
+    keys = [pair["key"] for pair in section["pairs"]]
+    assert [pair["key"] for pair in few["pairs"]] == [keys[n * 21 // 4] for n in range(4)], "evenly spread"
+    assert verify_artifact(store, manifest).problems == []
+
+
 def test_the_guard_can_be_switched_off_and_told_to_spare_mirror_images(store: Store, leaky: Path) -> None:
     assert run(store, leaky, leaks={"enabled": False}).metrics["unlabeled"]["images"] == 30
     assert run(store, leaky, leaks={"mirrored": False}).metrics["leaks"] == {"exact": 1, "near": 3}
@@ -318,8 +335,9 @@ def test_tars_in_a_bucket_are_registered_by_a_store_on_disk(s3: str, tmp_path: P
 
 
 def test_hostile_and_odd_members_of_a_tar_do_no_harm(store: Store, images: Path, tmp_path: Path) -> None:
-    link = tarfile.TarInfo("link.jpg")
+    link, hard = tarfile.TarInfo("link.jpg"), tarfile.TarInfo("hard.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    hard.type, hard.linkname = tarfile.LNKTYPE, "twice.jpg"
     path = write_tar(
         images / "odd.tar",
         [
@@ -336,6 +354,7 @@ def test_hostile_and_odd_members_of_a_tar_do_no_harm(store: Store, images: Path,
     )
     with tarfile.open(path, "a") as tar:
         tar.addfile(link)
+        tar.addfile(hard)
     before = sorted(tmp_path.rglob("*"))
     manifest = committed(store, run(store, images, unlabeled="odd.tar", max_reject_fraction=0.5))
     rows = read_index(store, manifest, "unlabeled").to_pylist()
@@ -344,7 +363,9 @@ def test_hostile_and_odd_members_of_a_tar_do_no_harm(store: Store, images: Path,
     ]  # fmt: skip
     assert all(set(row["key"]).isdisjoint("./ ") for row in rows)
     rejects = read_table(store, manifest.file("rejects/unlabeled/00000.parquet")).to_pylist()
-    assert [r["reason"] for r in rejects] == ["no image among its members"] * 2
+    reasons = [r["reason"] for r in rejects]
+    assert reasons[:2] == ["no image among its members"] * 2
+    assert [reason.partition(",")[0] for reason in reasons[2:]] == ["a link to '/etc/passwd'", "a link to 'twice.jpg'"]
     assert {p for p in tmp_path.rglob("*") if "store" not in p.parts} == {p for p in before if "store" not in p.parts}
 
 
@@ -375,6 +396,19 @@ def test_what_is_whole_in_a_torn_tar_is_used_and_the_tear_is_told(store: Store, 
         assert 9 <= counts["rejected"] <= 11, "a tear counts as the images that it lost"
         with pytest.raises(UserError, match=rf"{counts['rejected']} of .* images .*torn at byte"):
             run(store, images, unlabeled="torn.tar")
+
+
+@pytest.mark.parametrize("form", ["tar", "folder"])
+def test_avif_files_are_images(store: Store, images: Path, form: str) -> None:
+    data = [encoded(picture(n), "AVIF") for n in range(3)]
+    if form == "tar":
+        write_tar(images / "crawl.tar", [(f"{n}.avif", image) for n, image in enumerate(data)])
+    else:
+        (images / "crawl").mkdir()
+        for n, image in enumerate(data):
+            (images / f"crawl/{n}.avif").write_bytes(image)
+    counts = run(store, images, unlabeled="crawl.tar" if form == "tar" else "crawl").metrics["unlabeled"]
+    assert (counts["images"], counts["rejected"]) == (3, 0)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
