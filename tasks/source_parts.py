@@ -29,7 +29,7 @@ REJECTS_SCHEMA = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reas
 FIRST_REJECTS = 3
 SAFE_NAME = re.compile(r"[^A-Za-z0-9_-]")
 KEY_NAME_CHARACTERS = 80
-BATCH_ROWS = 1024  # that wait in memory for a place in a table
+BATCH_ROWS = 256  # that wait in memory for a place in a table
 
 Row = dict[str, Any]
 Files = dict[str, tuple[Path, int | None]]
