@@ -29,6 +29,7 @@ from tasks.leaks.index import Leak, LeakConfig, LeakIndex, evaluation_table
 from tasks.leaks.phash import gray_thumbnail, hash_grays
 
 LEAST_RECALL, MOST_LOST = 0.95, 0.01
+MOST_LOST_IN_ALL = 0.013  # 0.0114 when it was set, most of it near duplicates within CIFAR-10 itself
 PEER_BITS = (4, 10)
 MANY = 100_000
 Altered = Callable[[Image.Image, np.random.Generator], bytes]
@@ -162,7 +163,7 @@ def origin(data: bytes, is_known: bool) -> str:
 
 
 def print_corpus(guarded: Guarded, evaluation: list[bytes], corpus: list[bytes], sheet: Path | None) -> bool:
-    """Stream the corpus past; whether few enough of its out-of-domain photographs are lost, and leaks are found."""
+    """Stream the corpus past; whether few enough of its photographs and of all others are lost, and leaks are found."""
     known = set(digests(evaluation))
     origins = [origin(data, digest in known) for data, digest in zip(corpus, digests(corpus), strict=True)]
     found = guarded.find(corpus)
@@ -184,7 +185,11 @@ def print_corpus(guarded: Guarded, evaluation: list[bytes], corpus: list[bytes],
     photographs = dropped["other: photographs"] / total["other: photographs"]
     leaks = [dropped[name] / total[name] for name in total if name.startswith("leak")]
     leaked = "leak: same bytes" in total  # the corpus's leaks are of the test set
-    return photographs <= MOST_LOST and (not leaked or all(recall >= LEAST_RECALL for recall in leaks))
+    return (
+        photographs <= MOST_LOST
+        and share <= MOST_LOST_IN_ALL
+        and (not leaked or all(recall >= LEAST_RECALL for recall in leaks))
+    )
 
 
 def draw_pairs(path: Path, pairs: list[tuple[bytes, bytes, Leak]], columns: int = 10, side: int = 64) -> None:
@@ -256,7 +261,12 @@ def main() -> None:
         f"an index of {len(pictures)}: loaded in {time.perf_counter() - started:.1f} s from {size:.0f} bytes an image"
     )
     print_cost(f"32 px against {len(pictures)}", evaluation[:2000], index)
-    sys.exit(0 if kept else f"not kept: {LEAST_RECALL:.0%} of each kind asked for, under {MOST_LOST:.0%} of the others")
+    sys.exit(
+        0
+        if kept
+        else f"not kept: {LEAST_RECALL:.0%} of each kind asked for found, at most {MOST_LOST:.0%} of the photographs and "
+        f"{MOST_LOST_IN_ALL:.1%} of all others dropped"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +12,6 @@ from typing import BinaryIO
 from storage.cache import node_cache
 from storage.errors import DamagedObject, StoreError, UserError
 from storage.fingerprints import file_digests
-from storage.keys import Config
 from storage.local import LocalBackend
 from storage.places import open_backend
 
@@ -20,7 +20,8 @@ MD5 = re.compile("[0-9a-f]{32}")
 RANGE_BYTES = 1 << 16
 
 
-class ExternalFile(Config):
+@dataclass(frozen=True, slots=True)
+class ExternalFile:
     """One file: its name below the folder, its size, and what tells whether it changed."""
 
     name: str

@@ -18,7 +18,7 @@ class ImageError(Exception):
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode image bytes to an upright RGB picture.
 
-    Palettes, gray, CMYK and 16-bit are converted; alpha is laid over white; EXIF orientation is applied.
+    Palettes, gray, CMYK, 16-bit and float (white is 1, 255 or 65535) are converted; alpha is laid over white; EXIF orientation is applied.
     Raises ImageError with a short reason: empty, not an image, too large, truncated.
     """
     image = open_image(data, max_pixels)
@@ -68,8 +68,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith(("I", "F")):  # 16-bit and float gray: Pillow's own conversion would clip at 255
         values = np.asarray(image, dtype=np.float64)
-        scale = 255.0 / (65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0)
-        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        white = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
+        if image.mode == "F" and values.max() <= 1:  # no picture of 0..255 is that dark
+            white = 1.0
+        return Image.fromarray((values * (255.0 / white)).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")

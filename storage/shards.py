@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -77,23 +77,50 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd")
 
 
+class TableWriter:
+    """As `write_parquet`, from batches of any size as they come: the row groups do not depend on them.
+
+    Holds no more than a row group in memory. The file is whole once it was closed, as leaving the context does.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.schema, self.num_rows = path, schema, 0
+        self._waiting: list[pa.RecordBatch] = []
+        self._num_waiting = 0
+        self._writer: pq.ParquetWriter | None = pq.ParquetWriter(path, schema, compression="zstd")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows."""
+        self._waiting.append(batch)
+        self._num_waiting += batch.num_rows
+        self.num_rows += batch.num_rows
+        if self._num_waiting < ROW_GROUP_ROWS or self._writer is None:
+            return
+        table = pa.Table.from_batches(self._waiting, self.schema)
+        whole = self._num_waiting - self._num_waiting % ROW_GROUP_ROWS
+        self._writer.write_table(table.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
+        self._waiting, self._num_waiting = table.slice(whole).to_batches(), self._num_waiting - whole
+
+    def close(self) -> None:
+        """Write what waits, and the footer. A second time does nothing."""
+        if self._writer is not None:
+            self._writer.write_table(pa.Table.from_batches(self._waiting, self.schema))
+            self._writer.close()
+            self._writer = None
+
+
 def write_parquet_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
     """As `write_parquet`, from batches of any size: the row groups do not depend on them. Returns the rows."""
-    waiting: list[pa.RecordBatch] = []
-    num_rows = num_waiting = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with TableWriter(path, schema) as writer:
         for batch in batches:
-            waiting.append(batch)
-            num_waiting += batch.num_rows
-            if num_waiting < ROW_GROUP_ROWS:
-                continue
-            table = pa.Table.from_batches(waiting, schema)
-            whole = num_waiting - num_waiting % ROW_GROUP_ROWS
-            writer.write_table(table.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
-            waiting, num_waiting = table.slice(whole).to_batches(), num_waiting - whole
-            num_rows += whole
-        writer.write_table(pa.Table.from_batches(waiting, schema))
-    return num_rows + num_waiting
+            writer.write(batch)
+    return writer.num_rows
 
 
 class ShardReader:
@@ -217,6 +244,16 @@ def read_tables(store: Store, entries: Sequence[FileEntry], columns: Sequence[st
             except (OSError, pa.ArrowException) as error:
                 raise StoreError(f"{entry.path} cannot be read as Parquet ({error})") from error
     return tables
+
+
+def read_batches(store: Store, entry: FileEntry, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file, some at a time. Raises StoreError as `read_tables` does."""
+    with store.local_copy(entry) as path:
+        try:
+            with pq.ParquetFile(path) as reader:
+                yield from reader.iter_batches(batch_rows)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{entry.path} cannot be read as Parquet ({error})") from error
 
 
 def read_rows(store: Store, entry: FileEntry, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,43 +1,29 @@
 """Images of any source -> shards: WebDataset tars, or tars of others registered where they lie, with index and rejects.
 
-A shard is a part: its key is made from the stretch of the source that it holds, so new files leave the others as they
-are. Images are read, decoded and written one at a time, so memory does not grow with a shard.
+A stretch of a source is a part: its key is made from what it holds, so new files leave the other parts as they are.
 """
 
-import hashlib
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
 from pydantic import Field, field_validator
 
 from models.compute import group_shards
 from models.worker import Stopped, Worker
-from storage.artifacts import FileEntry, Part, find_part, find_parts, made_parts, publish_part
+from storage.artifacts import FileEntry, Part, find_part, find_parts, made_parts
 from storage.backend import refuse_credentials
-from storage.errors import UserError
-from storage.images import ImageError, decode_rgb, image_extension
 from storage.keys import Config, digest
 from storage.objects import Store
-from storage.shards import INDEX_SCHEMA, ShardSample, index_name, write_parquet, write_tar
+from storage.shards import index_name
 from tasks.contract import StageContext
 from tasks.leaks.index import LeakConfig
-from tasks.leaks.phash import SIDE, gray_thumbnail, hash_grays
-from tasks.sources import SPLITS, UNKNOWN_ROWS, RawImage, Source, SourceFile
+from tasks.reject_limit import RejectLimit, part_facts
+from tasks.source_parts import NO_NUMERICS, STAGE, Stretch, write_part
+from tasks.sources import SPLITS, UNKNOWN_ROWS, Source, SourceFile
 from tasks.sources.digits import DigitsConfig, DigitsSource
 from tasks.sources.files import FilesSource
 from tasks.sources.torchvision import TorchvisionConfig, TorchvisionSource
 
-VERSION = 2  # of the parts; 2: a perceptual hash in the index
-STAGE = "ingest"
-NO_NUMERICS: dict[str, Any] = {}
-THUMBNAILS_SCHEMA = pa.schema([("thumbnail", pa.binary(SIDE * SIDE))])  # gray, row by row, in the index's order
-REJECTS_SCHEMA = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
-FIRST_REJECTS = 3
-SAFE_NAME = re.compile(r"[^A-Za-z0-9_-]")
-KEY_NAME_CHARACTERS = 80
 SHARD_BYTES = 256 << 20
 
 
@@ -55,6 +41,10 @@ class DataConfig(Config):
     val: str = Field("val*.parquet", description="validation images: settings are chosen on these")
     test: str = Field("test*.parquet", description="test images: reported on, never chosen on")
     unlabeled: str = Field("unlabeled*.parquet", description="images whose labels, if any, are not read")
+    image_column: str = Field(
+        "", description="of Parquet files; empty: `image`, `img`, or the only one that holds images"
+    )
+    label_column: str = Field("", description="of Parquet files; empty: `label` or `fine_label`")
     class_names: tuple[str, ...] = Field((), description="classes by label; empty: from the files")
     shard_images: int = Field(10_000, ge=1, description="images of a shard, at most")
     shard_bytes: int = Field(SHARD_BYTES, ge=1, description="bytes of a shard, about, at most")
@@ -72,28 +62,6 @@ class DataConfig(Config):
         return refuse_credentials(root, "data.root")  # before Prefect or a run record keeps it
 
 
-class Stretch(Config):
-    """One shard to be: the rows [first, last) of a source's file; `in_place`: the file itself is the shard."""
-
-    file: SourceFile
-    first: int
-    last: int
-    in_place: bool = False
-
-    def part_key(self) -> str:
-        """Made from what enters the shard, not from its number."""
-        identity = {"version": VERSION, "labeled": self.file.split != "unlabeled", "in_place": self.in_place}
-        file = (self.file.name, self.file.sha256)
-        return digest({**identity, "file": file, "rows": (self.first, self.last)})
-
-    @property
-    def num_images(self) -> int:
-        """Rows of the source, decodable or not; a guess by size where only reading tells."""
-        if self.last != UNKNOWN_ROWS:
-            return self.last - self.first
-        return max(1, self.file.bytes // 50_000)
-
-
 def open_source(config: DataConfig) -> Source:
     """The source that the config names."""
     limits = config.shard_images, config.shard_bytes
@@ -102,7 +70,8 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "torchvision":
         return TorchvisionSource(config.torchvision, config.root, limits)
     roots = dict.fromkeys(SPLITS, config.root) | {"unlabeled": config.unlabeled_root or config.root}
-    return FilesSource(roots, {split: getattr(config, split) for split in SPLITS}, config.class_names, limits)
+    patterns = {split: getattr(config, split) for split in SPLITS}
+    return FilesSource(roots, patterns, config.class_names, limits, (config.image_column, config.label_column))
 
 
 def fingerprint(files: Sequence[SourceFile]) -> str:
@@ -111,12 +80,16 @@ def fingerprint(files: Sequence[SourceFile]) -> str:
 
 
 def plan_stretches(config: DataConfig, files: Sequence[SourceFile]) -> list[Stretch]:
-    """Cut files into shards, in their order. A tar is a shard as it is."""
+    """Cut files into stretches, in their order. A tar is one."""
     stretches = []
     for file in files:
-        in_place = config.in_place and file.split == "unlabeled" and file.name.endswith(".tar") and not file.members
+        in_place = (
+            config.in_place and file.split == "unlabeled" and file.name.lower().endswith(".tar") and not file.members
+        )
         if file.rows == UNKNOWN_ROWS:
-            stretches.append(Stretch(file=file, first=0, last=UNKNOWN_ROWS, in_place=in_place))
+            most = (0, 0) if in_place else (config.shard_images, config.shard_bytes)
+            whole = Stretch(file=file, first=0, last=UNKNOWN_ROWS, in_place=in_place)
+            stretches.append(whole.model_copy(update={"most_images": most[0], "most_bytes": most[1]}))
         elif file.rows:
             ends = (*file.cuts[1:], file.rows)
             stretches += [Stretch(file=file, first=a, last=b) for a, b in zip(file.cuts, ends, strict=True)]
@@ -124,7 +97,10 @@ def plan_stretches(config: DataConfig, files: Sequence[SourceFile]) -> list[Stre
 
 
 def ingest(context: StageContext, config: DataConfig, stretches: Sequence[Stretch]) -> list[Part]:
-    """Make the missing shards in child processes; the parts of all, in order."""
+    """Make the missing parts in child processes; the parts of all, in order.
+
+    Raises UserError as soon as a split has more rejects than it may have, whatever follows.
+    """
     keys = [stretch.part_key() for stretch in stretches]
     found = find_parts(context.store, STAGE, keys, NO_NUMERICS)
     missing = [stretch for stretch, key in zip(stretches, keys, strict=True) if found[key] is None]
@@ -137,7 +113,8 @@ def ingest(context: StageContext, config: DataConfig, stretches: Sequence[Stretc
         }
         for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
-    context.engine.map("tasks.ingest:write_shards", specs, context.progress_of(sum(sizes)))
+    limit = RejectLimit(config.max_reject_fraction, stretches, found.values())
+    context.engine.map("tasks.ingest:write_shards", specs, limit.listener(context.progress_of(sum(sizes))))
     if missing:
         found = find_parts(context.store, STAGE, keys, NO_NUMERICS)
     return made_parts(STAGE, found, keys)
@@ -152,46 +129,16 @@ def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     for stretch in stretches:
         if worker.stop_requested:
             raise Stopped
-        if find_part(store, STAGE, stretch.part_key(), NO_NUMERICS) is None:
-            _write_shard(store, stretch, source, lambda read: worker.progress(min(total, done + read), total))  # noqa: B023
+        part = find_part(store, STAGE, stretch.part_key(), NO_NUMERICS) or write_part(
+            store,
+            stretch,
+            source,
+            lambda read: worker.progress(min(total, done + read), total),  # noqa: B023
+        )
         done += stretch.num_images
-        worker.progress(done, total)
+        worker.progress(done, total, last=True, made={"key": part.key, **part_facts(part)})
     worker.progress(total, total, last=True)
     return {}
-
-
-def sample_key(name: str, row: int | None = None) -> str:
-    """A sample's key: stable, unique, and free of the dots and slashes that WebDataset gives a meaning.
-
-    `name` is that of the source's file, `row` its place there; None where the file is the image.
-    """
-    stem = re.sub(r"\.(parquet|tar)$", "", name) if row is not None else name.rpartition(".")[0] or name
-    safe = SAFE_NAME.sub("_", stem)[-KEY_NAME_CHARACTERS:]
-    if safe != stem or row is None:
-        safe = f"{safe}-{digest(name)[:12]}"
-    return safe if row is None else f"{safe}-{row:08d}"
-
-
-def check_rejects(config: DataConfig, split: str, parts: Sequence[Part]) -> dict[str, int]:
-    """The counts of a split's images and rejects. Raises UserError on too many rejects, and where nothing is left."""
-    kept, rejected = (sum(p.file(n).rows or 0 for p in parts) for n in ("index.parquet", "rejects.parquet"))
-    if rejected > config.max_reject_fraction * (kept + rejected) or not kept:
-        first = "; ".join([reason for part in parts for reason in part.facts["rejects"]][:FIRST_REJECTS])
-        raise UserError(
-            f"data.{split}: {rejected} of {kept + rejected} images cannot be decoded, more than "
-            f"data.max_reject_fraction={config.max_reject_fraction} allows ({first or 'the files hold no rows'}); mend or remove them"
-        )
-    return {"images": kept, "rejected": rejected}
-
-
-def shard_entry(part: Part, location: str = "") -> FileEntry:
-    """The tar of a part: its own, or the one at `location` (a URL) that it registered. The part does not say where that
-    lies, so that tars may move: a rerun finds them again without reading them."""
-    if not location:
-        return part.file("shard.tar")
-    tar = part.facts["tar"]
-    rows = part.file("index.parquet").rows
-    return FileEntry(name="shard.tar", path=location, bytes=tar["bytes"], sha256=tar["sha256"], rows=rows)
 
 
 def name_files(
@@ -206,75 +153,3 @@ def name_files(
         named = shard.model_copy(update={"name": f"shards/{split}/{number:05d}.tar", "rows": index.rows})
         entries += [named, index.model_copy(update={"name": index_name(named)})]
     return entries
-
-
-def _write_shard(store: Store, stretch: Stretch, source: Source, on_read: Any) -> None:
-    rows: list[dict[str, Any]] = []
-    rejects: list[dict[str, Any]] = []
-
-    def samples() -> Iterator[ShardSample]:
-        images = source.read(stretch.file, stretch.first, stretch.last)
-        for number, raw in enumerate(images, start=stretch.first):
-            try:
-                row = _index_row(stretch.file, number, raw)
-            except ImageError as error:
-                where = raw.path if raw.own_name else f"{stretch.file.name}:{raw.path}"
-                rejects.append({"source": where, "row": number, "reason": str(error)})
-                continue
-            on_read(len(rows))
-            rows.append(row)
-            members = {image_extension(raw.data): raw.data}
-            if row["label"] >= 0:
-                members["cls"] = str(row["label"]).encode()
-            yield ShardSample(row["key"], members)
-
-    with store.staging() as folder:
-        files: dict[str, tuple[Path, int | None]] = {}
-        if stretch.in_place:
-            for _ in samples():
-                pass
-        else:
-            places = write_tar(folder / "shard.tar", samples())
-            for row, place in zip(rows, places, strict=True):
-                row["offset"], row["bytes"] = next(iter(place.values()))
-            files["shard.tar"] = (folder / "shard.tar", len(rows))
-        facts: dict[str, Any] = {
-            "rejects": [f"{r['source']} row {r['row']}: {r['reason']}" for r in rejects[:FIRST_REJECTS]]
-        }
-        if stretch.in_place:
-            facts["tar"] = {"bytes": stretch.file.bytes, "sha256": source.sha256(stretch.file)}
-        files |= _write_tables(folder, rows, rejects)
-        publish_part(store, STAGE, stretch.part_key(), NO_NUMERICS, files, facts)
-
-
-def _write_tables(
-    folder: Path, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]
-) -> dict[str, tuple[Path, int | None]]:
-    write_parquet(folder / "index.parquet", pa.Table.from_pylist(rows, INDEX_SCHEMA))
-    write_parquet(folder / "rejects.parquet", pa.Table.from_pylist(rejects, REJECTS_SCHEMA))
-    write_parquet(folder / "thumbnails.parquet", pa.Table.from_pylist(rows, THUMBNAILS_SCHEMA))
-    return {
-        "thumbnails.parquet": (folder / "thumbnails.parquet", len(rows)),
-        "index.parquet": (folder / "index.parquet", len(rows)),
-        "rejects.parquet": (folder / "rejects.parquet", len(rejects)),
-    }
-
-
-def _index_row(file: SourceFile, number: int, raw: RawImage) -> dict[str, Any]:
-    """The index row of an image that decodes. Raises ImageError with the reason where it does not."""
-    if raw.problem:
-        raise ImageError(raw.problem)
-    image = decode_rgb(raw.data)
-    thumbnail = gray_thumbnail(image)
-    return {
-        "key": sample_key(raw.own_name) if raw.own_name else sample_key(file.name, number),
-        "offset": raw.offset,
-        "bytes": len(raw.data),
-        "sha256": hashlib.sha256(raw.data).hexdigest(),
-        "label": raw.label,
-        "width": image.width,
-        "height": image.height,
-        "phash": int(hash_grays(thumbnail[None])[0]),
-        "thumbnail": thumbnail.tobytes(),
-        "source": raw.own_name or (f"{file.name}:{raw.path}" if raw.path else f"{file.name}:{number}"),
-    }

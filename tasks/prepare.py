@@ -20,18 +20,17 @@ from storage.objects import Store
 from storage.shards import INDEX_SCHEMA, ShardReader, ShardSample, read_tables, write_parquet, write_tar
 from tasks.contract import StageContext, StageResult
 from tasks.ingest import (
-    NO_NUMERICS,
     DataConfig,
-    check_rejects,
     ingest,
     name_files,
     open_source,
     plan_stretches,
-    shard_entry,
 )
+from tasks.reject_limit import check_rejects
+from tasks.source_parts import NO_NUMERICS, SourceShard, shards_of
 from tasks.sources import LABELED_SPLITS, SourceFile, cut_rows
 
-VERSION = 2  # 2: without the unlabeled images; keys of image folders and tars
+VERSION = 3  # 2: without the unlabeled images; keys of image folders and tars; 3: torn tars are told, copied ones cut, folders cut by names
 SHUFFLE = "shuffle"
 
 
@@ -54,19 +53,23 @@ def prepare(context: StageContext, config: PrepareConfig, inputs: dict[str, Mani
         split: [part for stretch, part in zip(stretches, parts, strict=True) if stretch.file.split == split]
         for split in LABELED_SPLITS
     }
-    counts = {split: check_rejects(config, split, by_split[split]) for split in LABELED_SPLITS}
-    labels = {split: _labels(context.store, by_split[split]) for split in LABELED_SPLITS}
+    counts = {split: check_rejects(config.max_reject_fraction, split, by_split[split]) for split in LABELED_SPLITS}
+    shards = {split: [shard for part in by_split[split] for shard in shards_of(part)] for split in LABELED_SPLITS}
+    labels = {split: _labels(context.store, shards[split]) for split in LABELED_SPLITS}
     class_names = check_decoded_labels(config, class_names, labels)
     entries: list[FileEntry] = []
     for split in LABELED_SPLITS:
         rejects = [part.file("rejects.parquet") for part in by_split[split]]
-        own = _shuffle(context, config, by_split[split]) if split == "labeled" else by_split[split]
-        entries += name_files(split, [(shard_entry(part), part.file("index.parquet")) for part in own], rejects)
-        if split != "labeled":  # what the leak guard needs to know of them
-            pictures = [part.file("thumbnails.parquet") for part in own if part.file("index.parquet").rows]
+        if split == "labeled":
+            dealt = _shuffle(context, config, by_split[split])
+            own = [(part.file("shard.tar"), part.file("index.parquet")) for part in dealt]
+        else:
+            own = [(shard.tar, shard.index) for shard in shards[split]]
+            pictures = [shard.thumbnails for shard in shards[split] if shard.index.rows]  # for the leak guard
             entries += [
                 e.model_copy(update={"name": f"thumbnails/{split}/{n:05d}.parquet"}) for n, e in enumerate(pictures)
             ]
+        entries += name_files(split, own, rejects)
     per_class = [int(count) for count in np.bincount(labels["labeled"], minlength=len(class_names))]
     return StageResult(tuple(entries), {**counts, "class_names": class_names, "labeled_per_class": per_class})
 
@@ -111,11 +114,11 @@ def check_decoded_labels(config: DataConfig, class_names: list[str], labels: dic
 
 
 def shuffle_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    """Worker function: deal the images of the parts `spec["parts"]` into the shards `spec["shards"]` (number -> key)."""
+    """Worker function: deal the images of `spec["sources"]` into the shards `spec["shards"]` (number -> key)."""
     store, config = Store(spec["store"]), PrepareConfig.model_validate(spec["config"])
-    parts = [Part.model_validate(raw) for raw in spec["parts"]]
-    index, deal = _dealt(store, config, parts)
-    reader = ShardReader(store, [shard_entry(part) for part in parts])
+    sources = [SourceShard.model_validate(raw) for raw in spec["sources"]]
+    index, deal = _dealt(store, config, sources)
+    reader = ShardReader(store, [source.tar for source in sources])
     done, total = 0, sum(len(deal[int(number)]) for number in spec["shards"])
     for number, key in spec["shards"].items():
         if worker.stop_requested:
@@ -130,7 +133,8 @@ def shuffle_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
 
 def _shuffle(context: StageContext, config: PrepareConfig, parts: Sequence[Part]) -> list[Part]:
     """The shards of the labeled images in an order drawn by seed."""
-    _, deal = _dealt(context.store, config, parts)
+    sources = [shard for part in parts for shard in shards_of(part)]
+    _, deal = _dealt(context.store, config, sources)
     settings = [config.seed, config.shard_images, config.shard_bytes, [part.key for part in parts]]
     keys = [digest({"version": VERSION, "deal": settings, "number": number}) for number in range(len(deal))]
     found = find_parts(context.store, SHUFFLE, keys, NO_NUMERICS)
@@ -140,7 +144,7 @@ def _shuffle(context: StageContext, config: PrepareConfig, parts: Sequence[Part]
         {
             "store": context.store.url,
             "config": config.model_dump(mode="json"),
-            "parts": [part.model_dump(mode="json") for part in parts],
+            "sources": [source.model_dump(mode="json") for source in sources],
             "shards": {str(missing[place]): keys[missing[place]] for place in group},
         }
         for group in group_shards(sizes, context.engine.processes, context.compute)
@@ -151,11 +155,11 @@ def _shuffle(context: StageContext, config: PrepareConfig, parts: Sequence[Part]
     return made_parts(SHUFFLE, found, keys)
 
 
-def _dealt(store: Store, config: DataConfig, parts: Sequence[Part]) -> tuple[pa.Table, list[np.ndarray]]:
-    """The index of all parts with the tar of each image, and which of its rows make up each output shard."""
+def _dealt(store: Store, config: DataConfig, sources: Sequence[SourceShard]) -> tuple[pa.Table, list[np.ndarray]]:
+    """The index of all images with the tar of each, and which of its rows make up each output shard."""
     tables = []
-    for part, table in zip(parts, read_tables(store, [p.file("index.parquet") for p in parts]), strict=True):
-        tar = pa.array([shard_entry(part).path] * table.num_rows, pa.string()).dictionary_encode()
+    for source, table in zip(sources, read_tables(store, [source.index for source in sources]), strict=True):
+        tar = pa.array([source.tar.path] * table.num_rows, pa.string()).dictionary_encode()
         tables.append(table.append_column("shard", tar))
     index = pa.concat_tables(tables).unify_dictionaries()
     order = np.random.default_rng(config.seed).permutation(index.num_rows)
@@ -178,8 +182,8 @@ def _write_shuffled(store: Store, key: str, rows: list[dict[str, Any]], reader: 
         publish_part(store, SHUFFLE, key, NO_NUMERICS, files)
 
 
-def _labels(store: Store, parts: Sequence[Part]) -> np.ndarray:
-    tables = read_tables(store, [part.file("index.parquet") for part in parts], ["label"])
+def _labels(store: Store, shards: Sequence[SourceShard]) -> np.ndarray:
+    tables = read_tables(store, [shard.index for shard in shards], ["label"])
     return np.concatenate([table["label"].to_numpy() for table in tables])
 
 

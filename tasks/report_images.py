@@ -10,7 +10,7 @@ from PIL import Image
 from storage.artifacts import Manifest
 from storage.images import decode_rgb
 from storage.objects import Store
-from storage.shards import ShardReader, read_table, shard_files
+from storage.shards import ShardReader, shard_files
 from tasks.inspection.images import locate_images
 
 TILE_PX = 160  # larger images are shrunk to it, or a page of photographs would weigh 100 MB
@@ -49,13 +49,11 @@ def leak_section(store: Store, unlabeled: Manifest, evaluation: Manifest, most: 
     counts: dict[str, int] = unlabeled.metrics.get("leaks", {})
     if not counts:
         return None
-    rows = read_table(store, unlabeled.file("leaks.parquet")).to_pylist()
-    paths = {shard.name: shard.path for shard in shard_files(unlabeled, "unlabeled")}
-    rows = [{**row, "shard": paths[row["shard"]]} for row in rows if row["shard"] in paths]
-    picked = [
-        row for kind in counts for row in _spread([r for r in rows if r["kind"] == kind], max(1, most // len(counts)))
-    ]
-    reader = ShardReader(store, [*shard_files(unlabeled, "unlabeled"), *evaluation.files_under("shards/")], whole=False)
+    tars = [*shard_files(unlabeled, "unlabeled"), *unlabeled.files_under("leaked/")]
+    paths = {tar.name: tar.path for tar in tars}
+    rows = _spread(store, unlabeled, max(1, most // len(counts)))
+    picked = [{**row, "shard": paths[row["shard"]]} for row in rows if row["shard"] in paths]
+    reader = ShardReader(store, [*tars, *evaluation.files_under("shards/")], whole=False)
     pairs = []
     try:
         places = _evaluation_places(store, evaluation, [row["evaluation_key"] for row in picked])
@@ -67,10 +65,24 @@ def leak_section(store: Store, unlabeled: Manifest, evaluation: Manifest, most: 
     return {"counts": counts, "pairs": pairs, "total": sum(counts.values())}
 
 
-def _spread(rows: list[Row], most: int) -> list[Row]:
-    """Up to `most` rows, evenly over the distances."""
-    ordered = sorted(rows, key=lambda row: (row["distance"], row["key"]))
-    return [ordered[place * len(ordered) // most] for place in range(most)] if len(ordered) > most else ordered
+def _spread(store: Store, unlabeled: Manifest, most: int) -> list[Row]:
+    """Up to `most` leaks of each kind, evenly over the distances. Out of core: a crawl may have millions."""
+    import duckdb
+
+    query = """
+        WITH ranked AS (
+            SELECT *, row_number() OVER (PARTITION BY kind ORDER BY distance, key) - 1 AS place,
+                count(*) OVER (PARTITION BY kind) AS num
+            FROM read_parquet($file, hive_partitioning = false)
+        )
+        SELECT key, source, evaluation_key, kind, distance, "offset", bytes, sha256, shard FROM ranked
+        WHERE num <= $most OR (place * $most + num - 1) // num * num // $most = place
+        ORDER BY kind, distance, key
+    """
+    with store.local_copy(unlabeled.file("leaks.parquet")) as path, duckdb.connect() as connection:
+        found = connection.execute(query, {"file": str(path), "most": most})
+        names = [column[0] for column in found.description]
+        return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
 def _evaluation_places(store: Store, evaluation: Manifest, keys: Sequence[str]) -> dict[str, Row]:

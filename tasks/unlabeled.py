@@ -26,29 +26,32 @@ from storage.artifacts import (
     publish_file,
     publish_part,
 )
+from storage.errors import UserError
 from storage.keys import digest
 from storage.objects import Store
-from storage.shards import read_table, read_tables, write_parquet
+from storage.shards import INDEX_SCHEMA, TableWriter, read_batches, read_table, read_tables, write_parquet
 from tasks.contract import StageContext, StageResult
 from tasks.ingest import (
-    NO_NUMERICS,
     DataConfig,
-    check_rejects,
     ingest,
     name_files,
     open_source,
     plan_stretches,
-    shard_entry,
 )
-from tasks.leaks.index import LEAKS_SCHEMA, LeakConfig, LeakIndex, evaluation_table
+from tasks.leaks.index import LEAKS_SCHEMA, Leak, LeakConfig, LeakIndex, evaluation_table
 from tasks.leaks.phash import SIDE
+from tasks.reject_limit import check_rejects
+from tasks.source_parts import NO_NUMERICS, SourceShard, shards_of
 
-VERSION = 1
+VERSION = 2  # 2: torn tars are told, copied ones cut, folders cut by names; leaks at distance 0 are the same bytes
 GUARD = "guard"
-GUARD_VERSION = 1
+GUARD_VERSION = (
+    2  # 2: torn tars are told, copied ones cut, folders cut by names; leaks at distance 0 are the same bytes
+)
 SPLIT = "unlabeled"
 LEAKS_FILE = "leaks.parquet"
 EVALUATION_SPLITS = ("val", "test")
+BATCH_ROWS = 4096  # of a shard in memory at once; divides the row groups, so that index and thumbnails keep step
 BUCKET_IMAGES, MOST_BUCKET_BITS = 1 << 22, 8
 
 
@@ -57,29 +60,38 @@ class UnlabeledConfig(DataConfig):
 
     not_in_key: ClassVar[tuple[str, ...]] = (
         *DataConfig.not_in_key,
-        *("labeled", "val", "test", "class_names", "min_images_per_class", "seed"),
+        *("labeled", "val", "test", "label_column", "class_names", "min_images_per_class", "seed"),
     )
 
 
 def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, Manifest]) -> StageResult:
     """Make the data set of unlabeled images, without those of `inputs["data"]`'s validation and test sets.
 
-    Raises UserError on missing files and on too many rejects.
+    Raises UserError on missing files, on too many rejects, and where no image is left.
     """
     source, data = open_source(config), inputs["data"]
     stretches = plan_stretches(config, source.files([SPLIT]))
     parts = ingest(context, config, stretches)
-    tars = [
-        shard_entry(p, source.location(s.file) if s.in_place else "") for s, p in zip(stretches, parts, strict=True)
+    shards = [
+        shard
+        for stretch, part in zip(stretches, parts, strict=True)
+        for shard in shards_of(part, source.location(stretch.file) if stretch.in_place else "")
     ]
-    counts = check_rejects(config, SPLIT, parts)
-    guarded = guard(context, config.leaks, data, parts) if config.leaks.enabled else []
+    counts = check_rejects(config.max_reject_fraction, SPLIT, parts)
+    guarded = guard(context, config.leaks, data, shards) if config.leaks.enabled else []
     kept = [next((entry for entry in part.files if entry.name == "index.parquet"), None) for part in guarded]
-    indices = [own or part.file("index.parquet") for own, part in zip_longest(kept, parts)]
+    indices = [own or shard.index for own, shard in zip_longest(kept, shards)]
     rejects = [part.file("rejects.parquet") for part in parts]
-    files = name_files(SPLIT, list(zip(tars, indices, strict=True)), rejects)
+    files = name_files(SPLIT, list(zip([shard.tar for shard in shards], indices, strict=True)), rejects)
+    leaked = [shard.tar for shard, own in zip(shards, kept, strict=False) if own is not None and not own.rows]
+    files += [tar.model_copy(update={"name": f"leaked/{number:05d}.tar"}) for number, tar in enumerate(leaked)]
     names = {entry.path: entry.name for entry in files}
-    leaks = _all_leaks(context.store, [names.get(tar.path, "") for tar in tars], guarded)
+    leaks = _all_leaks(context.store, [names.get(shard.tar.path, "") for shard in shards], guarded)
+    if leaks.num_rows == counts["images"]:
+        raise UserError(
+            f"data.unlabeled={config.unlabeled!r}: no image is left: {leaks.num_rows} are copies of validation or test images"
+            f" and {counts['rejected']} cannot be decoded; point it at other images, or set data.leaks.enabled=false"
+        )
     with context.store.staging() as folder:
         write_parquet(folder / LEAKS_FILE, leaks)
         place = artifact_folder("dataset", context.key)
@@ -93,7 +105,7 @@ def unlabeled(context: StageContext, config: UnlabeledConfig, inputs: dict[str, 
     return StageResult(tuple(files), {SPLIT: counts, "leaks": kinds, "class_names": data.metrics["class_names"]})
 
 
-def guard(context: StageContext, config: LeakConfig, data: Manifest, parts: Sequence[Part]) -> list[Part]:
+def guard(context: StageContext, config: LeakConfig, data: Manifest, shards: Sequence[SourceShard]) -> list[Part]:
     """Find the leaks of each shard. A part has `leaks.parquet` and, where there are any, the index without them."""
     evaluation = {
         split: list(zip(data.files_under(f"index/{split}/"), data.files_under(f"thumbnails/{split}/"), strict=True))
@@ -101,16 +113,16 @@ def guard(context: StageContext, config: LeakConfig, data: Manifest, parts: Sequ
     }
     identity = [[index.sha256, pictures.sha256] for split in EVALUATION_SPLITS for index, pictures in evaluation[split]]
     shared = {"version": GUARD_VERSION, "config": config.key_fields(), "evaluation": identity}
-    keys = [digest({**shared, "shard": [entry.sha256 for entry in _read(part)]}) for part in parts]
+    keys = [digest({**shared, "shard": [entry.sha256 for entry in _read(shard)]}) for shard in shards]
     found = find_parts(context.store, GUARD, keys, NO_NUMERICS)
     missing = [place for place, key in enumerate(keys) if found[key] is None]
-    sizes = [parts[place].file("index.parquet").rows or 0 for place in missing]
+    sizes = [shards[place].index.rows or 0 for place in missing]
     specs = [
         {
             "store": context.store.url,
             "config": config.model_dump(mode="json"),
             "evaluation": {s: [[e.model_dump() for e in pair] for pair in pairs] for s, pairs in evaluation.items()},
-            "shards": {keys[missing[n]]: [e.model_dump() for e in _read(parts[missing[n]])] for n in group},
+            "shards": {keys[missing[n]]: [e.model_dump() for e in _read(shards[missing[n]])] for n in group},
         }
         for group in group_shards(sizes, context.engine.processes, context.compute)
     ]
@@ -171,7 +183,7 @@ def first_64_bits(digests: pa.ChunkedArray) -> np.ndarray:
 
 
 def _all_leaks(store: Store, shards: Sequence[str], guarded: Sequence[Part]) -> pa.Table:
-    """The leaks of all shards, each with its shard's name; empty for one of which nothing is left."""
+    """The leaks of all shards, each with its shard's name."""
     tables = [LEAKS_SCHEMA.append(pa.field("shard", pa.string())).empty_table()]
     found = read_tables(store, [part.file(LEAKS_FILE) for part in guarded])
     for shard, table in zip(shards, found, strict=False):
@@ -179,39 +191,41 @@ def _all_leaks(store: Store, shards: Sequence[str], guarded: Sequence[Part]) -> 
     return pa.concat_tables(tables)
 
 
-def _read(part: Part) -> list[FileEntry]:
+def _read(shard: SourceShard) -> list[FileEntry]:
     """What guarding a shard reads."""
-    return [part.file("index.parquet"), part.file("thumbnails.parquet")]
+    return [shard.index, shard.thumbnails]
 
 
 def _load(store: Store, pair: Sequence[Any]) -> tuple[pa.Table, np.ndarray]:
     """An index and the thumbnails of its images, uint8 [rows, SIDE, SIDE]."""
     index, pictures = (read_table(store, FileEntry.model_validate(entry)) for entry in pair)
-    pixels = b"".join(pictures["thumbnail"].to_pylist())
-    return index, np.frombuffer(pixels, np.uint8).reshape(index.num_rows, SIDE, SIDE)
+    return index, _pixels(pictures)
+
+
+def _pixels(pictures: pa.Table | pa.RecordBatch) -> np.ndarray:
+    """Thumbnails, uint8 [rows, SIDE, SIDE]."""
+    return np.frombuffer(b"".join(pictures["thumbnail"].to_pylist()), np.uint8).reshape(-1, SIDE, SIDE)
 
 
 def _guard_shard(store: Store, key: str, leaks: LeakIndex, pair: Sequence[FileEntry]) -> None:
-    index, thumbnails = _load(store, pair)
-    found = leaks.find(index["sha256"].to_pylist(), thumbnails)
-    places = [place for place, leak in enumerate(found) if leak is not None]
-    rows = [
-        {
-            "key": index["key"][place].as_py(),
-            "source": index["source"][place].as_py(),
-            "evaluation_key": leak.evaluation_key,
-            "kind": leak.kind,
-            "distance": leak.distance,
-            **{name: index[name][place].as_py() for name in ("offset", "bytes", "sha256")},
-        }
-        for place, leak in enumerate(found)
-        if leak is not None
-    ]
-    with store.staging() as folder:
-        write_parquet(folder / "leaks.parquet", pa.Table.from_pylist(rows, LEAKS_SCHEMA))
-        files: dict[str, tuple[Any, int | None]] = {"leaks.parquet": (folder / "leaks.parquet", len(rows))}
-        if places:
-            kept = index.take(np.delete(np.arange(index.num_rows), places))
-            write_parquet(folder / "index.parquet", kept)
-            files["index.parquet"] = (folder / "index.parquet", kept.num_rows)
+    rows: list[dict[str, Any]] = []
+    with store.staging() as folder, TableWriter(folder / "index.parquet", INDEX_SCHEMA) as kept:
+        for index, pictures in zip(*(read_batches(store, entry, BATCH_ROWS) for entry in pair), strict=True):
+            found = leaks.find(index["sha256"].to_pylist(), _pixels(pictures))
+            rows += [_leak_row(index, place, leak) for place, leak in enumerate(found) if leak is not None]
+            kept.write(index.filter(pa.array([leak is None for leak in found])))
+        kept.close()
+        write_parquet(folder / LEAKS_FILE, pa.Table.from_pylist(rows, LEAKS_SCHEMA))
+        files: dict[str, tuple[Any, int | None]] = {LEAKS_FILE: (folder / LEAKS_FILE, len(rows))}
+        if rows:
+            files["index.parquet"] = (kept.path, kept.num_rows)
         publish_part(store, GUARD, key, NO_NUMERICS, files)
+
+
+def _leak_row(index: pa.RecordBatch, place: int, leak: Leak) -> dict[str, Any]:
+    return {
+        "evaluation_key": leak.evaluation_key,
+        "kind": leak.kind,
+        "distance": leak.distance,
+        **{name: index[name][place].as_py() for name in ("key", "source", "offset", "bytes", "sha256")},
+    }

@@ -57,7 +57,9 @@ class LeakConfig(Config):
     mirrored: bool = Field(True, description="also when mirrored, which training does to every image anyway")
     hash_bits: int = Field(12, ge=0, le=16, description="bits of 64 in which the hashes of a candidate may differ")
     crop_hash_bits: int = Field(8, ge=0, le=16, description="the same for candidates that are crops")
-    max_distance: float = Field(0.15, ge=0, le=1, description="1 - correlation of aligned pixels, at most")
+    max_distance: float = Field(
+        0.15, ge=0, le=1, description="1 - correlation of aligned pixels, at most; 0: the same bytes only"
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class LeakIndex:
         self._by_sha256 = {digest: n for n, digest in reversed(list(enumerate(table["sha256"].to_pylist())))}
         pixels = np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.uint8)
         self._thumbnails = pixels.reshape(-1, SIDE, SIDE)
-        blocks = [self._thumbnails[at : at + BLOCK_IMAGES] for at in range(0, len(self._keys), BLOCK_IMAGES)]
+        near = len(self._keys) if config.max_distance else 0  # equal pictures in other bytes are at distance 0 too
+        blocks = [self._thumbnails[at : at + BLOCK_IMAGES] for at in range(0, near, BLOCK_IMAGES)]
         recognizable = [detail(block) >= LEAST_DETAIL for block in blocks]
         self._numbers = np.flatnonzero(np.concatenate([np.empty(0, bool), *recognizable]))
         self._flips = 2 if config.mirrored else 1
@@ -106,10 +109,11 @@ class LeakIndex:
 
         `sha256` of their bytes; `thumbnails` uint8 [n, SIDE, SIDE] as by `gray_thumbnail`. Of equally near evaluation
         images it is the first of the table. Each answer depends on its own image only, not on the others of the call.
+        With `max_distance` 0 only the same bytes count, and no picture is looked at.
         """
-        found: list[Leak | None] = []
-        for at in range(0, len(thumbnails), BLOCK_IMAGES):
-            found += self._find_near(thumbnails[at : at + BLOCK_IMAGES])
+        found: list[Leak | None] = [None] * len(thumbnails)
+        for at in range(0, len(thumbnails) if self._config.max_distance else 0, BLOCK_IMAGES):
+            found[at : at + BLOCK_IMAGES] = self._find_near(thumbnails[at : at + BLOCK_IMAGES])
         for place, digest in enumerate(sha256):
             if digest in self._by_sha256:
                 found[place] = Leak(self._keys[self._by_sha256[digest]], "exact", 0.0)

@@ -15,9 +15,11 @@ from storage.keys import Config
 LABELED_SPLITS = ("labeled", "val", "test")
 SPLITS = (*LABELED_SPLITS, "unlabeled")
 UNKNOWN_ROWS = -1  # only reading tells how many
+USUAL_BYTES = 50_000  # of an image, where nothing better is known than that it is one
 
 
-class Member(Config):
+@dataclass(frozen=True, slots=True)  # a listing has millions: a pydantic model takes three times the memory
+class Member:
     """One image file of a listing: its path below the root, size, fingerprint and label (-1: none)."""
 
     name: str
@@ -29,7 +31,8 @@ class Member(Config):
 class SourceFile(Config):
     """One file of a source, or a stretch of a listing of image files: what a worker needs to read it.
 
-    `sha256` is its fingerprint; `cuts` are the rows at which its shards begin.
+    `sha256` is its fingerprint; `cuts` are the rows at which its shards begin; `columns` where a table has the images and
+    the labels, empty: `image` and `label`.
     """
 
     split: str
@@ -38,11 +41,12 @@ class SourceFile(Config):
     sha256: str
     rows: int
     cuts: tuple[int, ...] = (0,)
+    columns: tuple[str, ...] = ()
     members: tuple[Member, ...] = ()
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from other files: not how it is cut."""
-        return self.model_dump(exclude={"cuts", "members"})
+        """What tells it from other files: not how it is cut and read."""
+        return self.model_dump(exclude={"cuts", "columns", "members"})
 
 
 @dataclass(slots=True)
@@ -50,7 +54,8 @@ class RawImage:
     """An image as its source has it.
 
     `data`: its bytes; `path`: the name that the source gives it; `label`: -1 without one; `offset`: of its bytes in the
-    source's file, where it lies there as it is; `problem`: why there are no bytes; `own_name`: where it is a file.
+    source's file, where it lies there as it is; `problem`: why there are no bytes; `own_name`: where it is a file;
+    `stands_for`: how many images a problem has lost.
     """
 
     data: bytes
@@ -59,6 +64,7 @@ class RawImage:
     offset: int = -1
     problem: str = ""
     own_name: str = ""
+    stands_for: int = 1
 
 
 class Source(Protocol):

@@ -22,15 +22,20 @@ class FilesSource:
     """Files below a folder or `s3://` URL; each split is a file, a glob pattern, or a folder."""
 
     def __init__(
-        self, roots: dict[str, str], patterns: dict[str, str], class_names: Sequence[str], limits: tuple[int, int]
+        self,
+        roots: dict[str, str],
+        patterns: dict[str, str],
+        class_names: Sequence[str],
+        limits: tuple[int, int],
+        columns: tuple[str, str] = ("", ""),
     ) -> None:
         """`roots` and `patterns`: of each split; `class_names`: order of class folders, if not by name; `limits`: images
-        and bytes of a shard."""
+        and bytes of a shard; `columns`: of Parquet files, images and labels, empty: found."""
         self._patterns, self._given_names = patterns, list(class_names)
         self._roots = {s: ("data.root" if roots[s] == roots["labeled"] else f"data.{s}_root", roots[s]) for s in SPLITS}
         folders = {place: ExternalFolder(place[1], place[0]) for place in self._roots.values()}
         self._folders = {split: folders[self._roots[split]] for split in SPLITS}
-        by_folder = {place: ParquetFiles(place[1], folder, *limits) for place, folder in folders.items()}
+        by_folder = {place: ParquetFiles(place[1], folder, limits, columns) for place, folder in folders.items()}
         self._parquet = {split: by_folder[self._roots[split]] for split in SPLITS}
         self._tars = {split: TarFiles(folder) for split, folder in self._folders.items()}
         self._images = {split: ImageFolders(folder, *limits) for split, folder in self._folders.items()}
@@ -83,7 +88,7 @@ class FilesSource:
     def _kind(file: SourceFile) -> str:
         if file.members:
             return "images"
-        return "parquet" if file.name.endswith(".parquet") else "tars"
+        return "parquet" if file.name.lower().endswith(KINDS["parquet"]) else "tars"
 
     def _list(self, split: str) -> tuple[str, list[ExternalFile]]:
         """The kind and the files of a split."""

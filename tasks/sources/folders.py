@@ -10,7 +10,7 @@ from storage.errors import StoreError, UserError
 from storage.external import ExternalFile, ExternalFolder
 from storage.images import MAX_BYTES
 from storage.keys import digest
-from tasks.sources import UNKNOWN_ROWS, Member, RawImage, SourceFile, cut_rows
+from tasks.sources import UNKNOWN_ROWS, Member, RawImage, SourceFile
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -26,7 +26,9 @@ IMAGE_SUFFIXES = (
     ".pbm",
     ".pnm",
     ".jp2",
+    ".avif",
 )
+LEAST_FILLED, USUALLY_FILLED = 1 / 8, 1 / 2  # of a shard, where a name may begin the next one, and where one does
 READS_AT_ONCE = 16  # a bucket answers many small requests side by side
 
 
@@ -38,13 +40,13 @@ class ImageFolders:
         self._limits = shard_images, shard_bytes
 
     def describe(self, split: str, files: Sequence[ExternalFile], labels: Sequence[int]) -> list[SourceFile]:
-        """The sorted listing cut into stretches, each of a shard's size."""
+        """The sorted listing cut into stretches, each of a shard's size; a new file changes those beside it only."""
         fingerprints = self._folder.fingerprints(files)
         members = [
             Member(name=file.name, bytes=file.bytes, sha256=sha256, label=label)
             for file, sha256, label in zip(files, fingerprints, labels, strict=True)
         ]
-        cuts = cut_rows([(1, member.bytes) for member in members], *self._limits)
+        cuts = cut_by_names(members, *self._limits)
         stretches = [members[a:b] for a, b in zip(cuts, [*cuts[1:], len(members)], strict=True)]
         return [
             SourceFile(
@@ -80,6 +82,29 @@ class ImageFolders:
             raise StoreError(f"{self._folder.url_of(member.name)} was replaced since it was listed; run again")
         image.data = data
         return image
+
+
+def cut_by_names(members: Sequence[Member], most_images: int, most_bytes: int) -> list[int]:
+    """Where shards begin in a listing, none with more than `most_images` or `most_bytes` (but one image it may have).
+
+    Cuts at full shards would all move with the first new file. So a shard begins where a hash of the file's name says so,
+    on average when it is half full (content-defined chunking, as in LBFS and rsync), and only where none does when it is full.
+    """
+    cuts, images, size = [0], 0, 0
+    for place, member in enumerate(members):
+        share = max(1 / most_images, member.bytes / most_bytes)  # of a shard
+        filled = max(images / most_images, size / most_bytes)
+        full = images == most_images or size + member.bytes > most_bytes
+        if images and (full or (filled >= LEAST_FILLED and _chance(member.name) < share / USUALLY_FILLED)):
+            cuts.append(place)
+            images = size = 0
+        images, size = images + 1, size + member.bytes
+    return cuts
+
+
+def _chance(name: str) -> float:
+    """A number in [0, 1) that looks random and belongs to the name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def folder_of(name: str, depth: int, split: str) -> str:

@@ -1,4 +1,4 @@
-"""Parquet files in the layout of Hugging Face `datasets`: `image: struct<bytes, path>`, `label: int`."""
+"""Parquet files in the layout of Hugging Face `datasets`: `image: struct<bytes, path>`, `label: int`, or as they name them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,18 @@ from tasks.sources import UNKNOWN_ROWS, RawImage, SourceFile, cut_rows
 FOOTERS_AT_ONCE = 8
 READ_ROWS = 64  # rows in memory at once
 READ_BUFFER = 1 << 20
+USUAL_COLUMNS = ("image", "label")
+IMAGE_COLUMNS = ("image", "img")  # the second is CIFAR's on the Hub
+LABEL_COLUMNS = ("label", "fine_label")
 
 
 class ParquetFiles:
     """The Parquet files of one folder or bucket."""
 
-    def __init__(self, root: str, folder: ExternalFolder, shard_images: int, shard_bytes: int) -> None:
-        self._root, self._folder = root, folder
-        self._limits = shard_images, shard_bytes
+    def __init__(self, root: str, folder: ExternalFolder, limits: tuple[int, int], columns: tuple[str, str]) -> None:
+        """`limits`: images and bytes of a shard; `columns`: of images and labels, empty: found by name."""
+        self._root, self._folder, self._limits = root, folder, limits
+        self._image_column, self._label_column = columns
 
     def describe(self, split: str, files: Sequence[ExternalFile]) -> list[SourceFile]:
         """The files with their rows. Raises UserError naming one that has not the columns."""
@@ -36,24 +40,26 @@ class ParquetFiles:
         schema = self._footer(_external(file)).schema.to_arrow_schema()
         try:
             info = json.loads((schema.metadata or {})[b"huggingface"])
-            return [str(name) for name in info["info"]["features"]["label"]["names"]]
+            return [str(name) for name in info["info"]["features"][_columns(file)[1]]["names"]]
         except (KeyError, ValueError, TypeError):
             return []
 
     def labels(self, file: SourceFile) -> np.ndarray:
-        """The column `label`, int64 [rows]."""
+        """The column of labels, int64 [rows]."""
+        name = _columns(file)[1]
         with self._open(file) as reader:
-            column = reader.read(columns=["label"])["label"]
+            column = reader.read(columns=[name])[name]
         if column.null_count:
             raise UserError(
-                f"{file.name}: {column.null_count} rows of column 'label' are empty; every {file.split} image needs a label"
+                f"{file.name}: {column.null_count} rows of column {name!r} are empty; every {file.split} image needs a label"
             )
         return column.to_numpy().astype(np.int64)
 
     def read(self, file: SourceFile, first: int, last: int) -> Iterator[RawImage]:
         """Reads only the row groups that hold the rows, `READ_ROWS` rows at a time."""
         last = file.rows if last == UNKNOWN_ROWS else last
-        columns = ["image"] if file.split == "unlabeled" else ["image", "label"]
+        image, label_column = _columns(file)
+        columns = [image] if file.split == "unlabeled" else [image, label_column]
         with self._open(file) as reader:
             ends = np.cumsum([reader.metadata.row_group(g).num_rows for g in range(reader.num_row_groups)])
             groups = range(
@@ -61,10 +67,10 @@ class ParquetFiles:
             )
             row = int(ends[groups.start - 1]) if groups.start else 0
             for batch in reader.iter_batches(READ_ROWS, row_groups=list(groups), columns=columns):
-                images = batch.column("image")
+                images = batch.column(image)
                 for place in range(max(0, first - row), min(len(images), last - row)):
                     value = images[place].as_py() or {}
-                    label = batch.column("label")[place].as_py() if len(columns) == 2 else -1
+                    label = batch.column(label_column)[place].as_py() if len(columns) == 2 else -1
                     yield RawImage(value.get("bytes") or b"", value.get("path") or "", label)
                 row += len(images)
 
@@ -96,20 +102,45 @@ class ParquetFiles:
     def _describe(self, split: str, file: ExternalFile, sha256: str) -> SourceFile:
         footer = self._footer(file)
         schema, path = footer.schema.to_arrow_schema(), f"{self._root}/{file.name}"
-        image = schema.field("image").type if "image" in schema.names else None
-        if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        image = self._find_image(schema)
+        if image is None:
             raise UserError(
-                f"{path} has no column 'image: struct<bytes, path>' (it has {', '.join(schema.names)}); write it with `datasets`"
+                f"{path} has no column '{self._image_column or 'image'}: struct<bytes, path>' (it has {', '.join(schema.names)}); "
+                "set data.image_column, or write it with `datasets`"
             )
-        if split != "unlabeled" and (
-            "label" not in schema.names or not pa.types.is_integer(schema.field("label").type)
-        ):
+        label = "" if split == "unlabeled" else self._find_label(schema)
+        if label is None:
             raise UserError(
-                f"{path} has no integer column 'label', which data.{split} needs (it has {', '.join(schema.names)})"
+                f"{path} has no integer column '{self._label_column or 'label'}', which data.{split} needs "
+                f"(it has {', '.join(schema.names)}); set data.label_column"
             )
+        columns = () if (image, label or USUAL_COLUMNS[1]) == USUAL_COLUMNS else (image, label)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         cuts = cut_rows([(group.num_rows, group.total_byte_size) for group in groups], *self._limits)
-        return SourceFile(split=split, name=file.name, bytes=file.bytes, sha256=sha256, rows=footer.num_rows, cuts=cuts)
+        found = SourceFile(
+            split=split, name=file.name, bytes=file.bytes, sha256=sha256, rows=footer.num_rows, cuts=cuts
+        )
+        return found.model_copy(update={"columns": columns})
+
+    def _find_image(self, schema: pa.Schema) -> str | None:
+        """The column that is asked for, has one of the usual names, or is the only one of images."""
+        own = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+        if self._image_column:
+            return self._image_column if self._image_column in own else None
+        named = [name for name in IMAGE_COLUMNS if name in own]
+        return named[0] if named else own[0] if len(own) == 1 else None
+
+    def _find_label(self, schema: pa.Schema) -> str | None:
+        own = [field.name for field in schema if pa.types.is_integer(field.type)]
+        return next(
+            (name for name in ([self._label_column] if self._label_column else LABEL_COLUMNS) if name in own), None
+        )
+
+
+def _columns(file: SourceFile) -> tuple[str, str]:
+    """Where a file has the images and the labels."""
+    image, label = file.columns or USUAL_COLUMNS
+    return image, label
 
 
 def _external(file: SourceFile) -> ExternalFile:

@@ -6,8 +6,7 @@ folders: `source: files` with `labeled: train`.
 
 import io
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -17,6 +16,7 @@ from storage.errors import UserError
 from storage.external import ExternalFile, ExternalFolder
 from storage.keys import Config, digest
 from tasks.sources import SPLITS, UNKNOWN_ROWS, RawImage, SourceFile, cut_rows
+from tasks.sources.unpacked import Unpacked, unpacked
 
 FILES = {
     "CIFAR10": {"train": [f"cifar-10-batches-py/data_batch_{n}" for n in range(1, 6)], "test": ["cifar-10-batches-py/test_batch"]},
@@ -47,6 +47,7 @@ class TorchvisionSource:
     def __init__(self, config: TorchvisionConfig, root: str, limits: tuple[int, int]) -> None:
         self._config, self._root, self._limits = config, root, limits
         self._folder = ExternalFolder(root, "data.root")
+        self._parts: dict[str, Unpacked] = {}
         if self._folder.root is None:
             raise UserError(f"data.source=torchvision reads files of this machine; data.root={root!r} is a bucket")
         left = IMAGES[config.dataset]["train"] - config.num_val
@@ -61,8 +62,7 @@ class TorchvisionSource:
         found = []
         for split in splits:
             parts = sorted({part for part, _ in self._stretches(split)})
-            names = [name for part in parts for name in FILES[self._config.dataset][part]]
-            fingerprints = self._folder.fingerprints([self._find(name) for name in names])
+            fingerprints = [found for part in parts for found in self._fingerprints(part)]
             rows = sum(len(numbers) for _, numbers in self._stretches(split))
             if not rows:
                 raise UserError(
@@ -84,21 +84,20 @@ class TorchvisionSource:
 
     def class_names(self) -> list[str]:
         """The data set's own; the ten digits of SVHN."""
-        return list(getattr(self._loaded("test"), "classes", None) or [str(digit) for digit in range(10)])
+        return self._loaded("test").class_names or [str(digit) for digit in range(10)]
 
     def labels(self, file: SourceFile) -> np.ndarray:
         """The labels of a split, int64 [rows]."""
-        return np.concatenate([self._labels(part)[numbers] for part, numbers in self._stretches(file.split)])
+        return np.concatenate([self._loaded(part).labels[numbers] for part, numbers in self._stretches(file.split)])
 
     def read(self, file: SourceFile, first: int, last: int) -> Iterator[RawImage]:
         """PNG bytes, 32 x 32 pixels."""
         places = [(part, int(number)) for part, numbers in self._stretches(file.split) for number in numbers]
         for part, number in places[first : None if last == UNKNOWN_ROWS else last]:
-            image, label = self._loaded(part)[number]
-            stream = io.BytesIO()
-            Image.fromarray(np.asarray(image)).save(stream, "PNG")
+            loaded, stream = self._loaded(part), io.BytesIO()
+            Image.fromarray(loaded.pixels[number]).save(stream, "PNG")
             path = f"{part}/{number:06d}.png"
-            yield RawImage(stream.getvalue(), path, -1 if file.split == "unlabeled" else int(label))
+            yield RawImage(stream.getvalue(), path, -1 if file.split == "unlabeled" else int(loaded.labels[number]))
 
     def location(self, file: SourceFile) -> str:
         """None: these images lie in no file of their own."""
@@ -133,33 +132,11 @@ class TorchvisionSource:
             )
         return found[0]
 
-    def _labels(self, part: str) -> np.ndarray:
-        data = self._loaded(part)
-        return np.asarray(data.labels if self._config.dataset == "SVHN" else data.targets, np.int64)
+    def _fingerprints(self, part: str) -> list[str]:
+        return self._folder.fingerprints([self._find(name) for name in FILES[self._config.dataset][part]])
 
-    def _loaded(self, part: str) -> Any:
+    def _loaded(self, part: str) -> Unpacked:
+        if part not in self._parts:
+            root, fingerprints = str(self._folder.root), self._fingerprints(part)
+            self._parts[part] = unpacked(self._config.dataset, part, root, fingerprints)
         return self._parts[part]
-
-    @cached_property
-    def _parts(self) -> "_Parts":
-        return _Parts(self._config.dataset, str(self._folder.root))
-
-
-class _Parts(dict[str, Any]):
-    """The parts of a data set, each loaded when it is first asked for."""
-
-    def __init__(self, name: str, root: str) -> None:
-        super().__init__()
-        self._name, self._root = name, root
-
-    def __missing__(self, part: str) -> Any:
-        from torchvision import datasets  # loads torch
-
-        which = {"split": part} if self._name == "SVHN" else {"train": part == "train"}
-        try:
-            self[part] = getattr(datasets, self._name)(self._root, **which)
-        except (RuntimeError, OSError, ImportError) as error:
-            raise UserError(
-                f"data.root: torchvision cannot read {self._name} {part} in {self._root} ({error})"
-            ) from error
-        return self[part]

@@ -86,6 +86,18 @@ def test_16_bit_gray_keeps_its_brightness(value: int, expected: int) -> None:
     assert pixel(data) == (expected,) * 3
 
 
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_float_gray_keeps_its_brightness_whatever_white_is(white: int) -> None:
+    values = np.full((6, 8), 0.4 * white, np.float32)
+    values[0, 0] = white
+    data = encoded(Image.fromarray(values), "TIFF")
+    assert (pixel(data), pixel(data, (3, 3))) == (WHITE, (102,) * 3)
+
+
+def test_a_black_float_picture_stays_black() -> None:
+    assert pixel(encoded(Image.fromarray(np.zeros((6, 8), np.float32)), "TIFF")) == (0, 0, 0)
+
+
 def test_exif_orientation_is_applied() -> None:
     image = solid("RGB", GREEN, (8, 4))
     image.putpixel((0, 0), RED)  # top left

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from storage.errors import StoreError
 from storage.objects import Store
-from tasks.ingest import DataConfig, fingerprint, open_source, plan_stretches, sample_key
+from tasks.ingest import DataConfig, fingerprint, open_source, plan_stretches
+from tasks.source_parts import sample_key
 from tasks.sources import SPLITS, Source, SourceFile, cut_rows
 from tasks.sources.digits import DigitsConfig, DigitsSource
 from tests.real_images import png, pngs, write_images, write_splits

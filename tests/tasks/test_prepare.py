@@ -16,7 +16,8 @@ from storage.errors import UserError
 from storage.objects import Store
 from storage.shards import ShardReader, read_index, read_table, shard_files
 from tasks.contract import StageContext, StageResult
-from tasks.ingest import DataConfig, fingerprint, open_source, sample_key
+from tasks.ingest import DataConfig, fingerprint, open_source, plan_stretches
+from tasks.source_parts import sample_key
 from tasks.sources import SPLITS
 from tests.datasets import HereEngine, prepare_all
 from tests.real_images import encoded, image_column, jpeg, picture, png, pngs, write_images, write_splits
@@ -226,6 +227,51 @@ def test_files_of_another_form_are_named_with_what_they_hold(images: Path) -> No
     assert "val.parquet has no integer column 'label'" in failure(images)
     (images / "val.parquet").write_bytes(b"PAR1 no more")
     assert "val.parquet is not a readable Parquet file" in failure(images)
+
+
+def renamed(path: Path, names: dict[str, str]) -> None:
+    """Give the columns of a Parquet file other names, in the metadata too."""
+    table = pq.read_table(path)
+    metadata = {key: value.replace(b'"label"', b'"fine_label"') for key, value in (table.schema.metadata or {}).items()}
+    columns = [names.get(name, name) for name in table.column_names]
+    pq.write_table(table.rename_columns(columns).replace_schema_metadata(metadata), path)
+
+
+def test_the_columns_of_cifar_on_the_hub_are_found(store: Store, images: Path) -> None:
+    before = run(store, configure(images))
+    for path in images.iterdir():
+        renamed(path, {"image": "img", "label": "fine_label"})
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("coarse_label", pa.array([0] * len(table))), path)
+    after = run(Store(store.url + "-other"), configure(images))
+    assert after.metrics == before.metrics
+
+
+def test_columns_may_be_named_and_another_column_is_another_part(store: Store, images: Path) -> None:
+    path = images / "unlabeled.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("mask", image_column(pngs(30, 70))), path)
+    plain = dataset(store, run(store, configure(images)))
+    masks = run(store, configure(images, image_column="image")).files
+    assert masks == plain.files
+    config = configure(images, image_column="mask")
+    images_of = [raw.data for raw in open_source(config).read(open_source(config).files(["unlabeled"])[0], 0, 2)]
+    assert images_of == pngs(2, 70)
+    keys = [
+        {stretch.part_key() for stretch in plan_stretches(own, open_source(own).files(["unlabeled"]))}
+        for own in (configure(images), config)
+    ]
+    assert keys[0].isdisjoint(keys[1])
+    assert "labeled.parquet has no column 'mask: struct<bytes, path>'" in failure_of(store, config)
+    assert "labeled.parquet has no integer column 'coarse'" in failure_of(
+        store, configure(images, label_column="coarse")
+    )
+
+
+def failure_of(store: Store, config: DataConfig) -> str:
+    with pytest.raises(UserError) as error:
+        run(store, config)
+    return str(error.value)
 
 
 def test_file_names_with_spaces_brackets_and_other_alphabets_work(store: Store, tmp_path: Path) -> None:

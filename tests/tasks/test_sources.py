@@ -1,12 +1,17 @@
+import gc
 import io
 import os
 import pickle
 import shutil
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from models.compute import ComputeConfig
@@ -15,8 +20,9 @@ from storage.errors import StoreError, UserError
 from storage.objects import Store
 from storage.shards import ShardReader, read_index, shard_files
 from tasks.contract import StageContext
-from tasks.ingest import DataConfig, fingerprint, open_source
-from tasks.sources import LABELED_SPLITS, SPLITS
+from tasks.ingest import DataConfig, fingerprint, open_source, plan_stretches
+from tasks.sources import LABELED_SPLITS, SPLITS, Member
+from tasks.sources.folders import cut_by_names
 from tests.datasets import HereEngine, prepare_all
 from tests.real_images import jpeg, png, pngs, write_images
 
@@ -147,6 +153,56 @@ def test_an_image_that_is_replaced_between_listing_and_reading_is_noticed(tmp_pa
         list(open_source(config).read(file, 0, 12))
 
 
+@pytest.mark.parametrize("limits", [{"shard_images": 20}, {"shard_bytes": 20 * 500}], ids=["images", "bytes"])
+@pytest.mark.parametrize("added", ["000.png", "150.png", "zzz.png"])
+def test_a_new_image_file_keeps_all_shards_but_those_beside_it(
+    tmp_path: Path, limits: dict[str, int], added: str
+) -> None:
+    folder = tmp_path / "crawl"
+    folder.mkdir()
+    for n in range(300):
+        (folder / f"{n + 1:03d}0.png").write_bytes(png(n)[:300] + bytes(400 * (n % 2)))
+    config = DataConfig(root=str(tmp_path), unlabeled="crawl", **limits)
+
+    def shards() -> dict[str, int]:
+        stretches = plan_stretches(config, open_source(config).files(["unlabeled"]))
+        return {stretch.part_key(): stretch.num_images for stretch in stretches}
+
+    before = shards()
+    (folder / added).write_bytes(png(999))
+    after = shards()
+    assert (sum(before.values()), sum(after.values())) == (300, 301)
+    assert max(after.values()) <= (20 if "shard_images" in limits else 33)
+    assert 15 <= len(before) <= 60
+    assert len(after.keys() - before.keys()) <= 3
+
+
+@given(st.lists(st.integers(0, 900), max_size=80), st.integers(1, 30), st.integers(1, 3000))
+def test_cuts_by_names_keep_both_limits(sizes: list[int], most_images: int, most_bytes: int) -> None:
+    members = [Member(f"{n}.jpg", size, "") for n, size in enumerate(sizes)]
+    cuts = cut_by_names(members, most_images, most_bytes)
+    for first, last in pairwise([*cuts, len(sizes)]):
+        assert last - first <= most_images
+        assert last - first <= 1 or sum(sizes[first:last]) <= most_bytes
+
+
+def test_a_listing_takes_little_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "crawl"
+    folder.mkdir()
+    for n in range(2000):
+        (folder / f"{n:06d}.jpg").write_bytes(b"%d" % n)
+    source = open_source(DataConfig(root=str(tmp_path), unlabeled="crawl"))
+    source.files(["unlabeled"])
+    source = open_source(DataConfig(root=str(tmp_path), unlabeled="crawl"))
+    tracemalloc.start()
+    files = source.files(["unlabeled"])
+    gc.collect()
+    used = tracemalloc.get_traced_memory()[0] / 2000
+    tracemalloc.stop()
+    assert sum(file.rows for file in files) == 2000
+    assert used < 600, f"{used:.0f} bytes a file"
+
+
 def test_the_unlabeled_files_may_lie_elsewhere(store: Store, tmp_path: Path) -> None:
     settings = make_folders(tmp_path / "here")
     (tmp_path / "here/crawl").rename(tmp_path / "far")
@@ -164,6 +220,7 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[t
 
     from tasks.sources import torchvision
 
+    monkeypatch.setenv("NST_CACHE_DIR", str(root / "cache"))
     folder, rng = root / CIFAR10.base_folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
     found: dict[str, list[tuple[bytes, int]]] = {"train": [], "test": []}
@@ -212,21 +269,7 @@ def test_a_missing_torchvision_data_set_is_told_with_the_remedy(tmp_path: Path) 
 
 
 def test_svhn_has_its_extra_images_unlabeled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scipy_io = pytest.importorskip("scipy.io", reason="torchvision reads SVHN with SciPy")
-    from torchvision.datasets import SVHN
-
-    from tasks.sources import torchvision
-
-    rng = np.random.default_rng(1)
-    for part, count in (("train", 30), ("test", 10), ("extra", 40)):
-        content = {
-            "X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8),
-            "y": np.arange(count)[:, None] % 10 + 1,
-        }
-        scipy_io.savemat(tmp_path / f"{part}_32x32.mat", content)
-    parts = {part: [*facts[:2], None] for part, facts in SVHN.split_list.items()}
-    monkeypatch.setattr(SVHN, "split_list", parts)
-    monkeypatch.setitem(torchvision.IMAGES, "SVHN", {"train": 30, "test": 10, "extra": 40})
+    write_svhn(tmp_path, monkeypatch)
     config = DataConfig(root=str(tmp_path), source="torchvision", torchvision={"dataset": "SVHN", "num_val": 6})
     source = open_source(config)
     files = {file.split: file for file in source.files(SPLITS)}
@@ -238,6 +281,44 @@ def test_svhn_has_its_extra_images_unlabeled(tmp_path: Path, monkeypatch: pytest
     assert labels is not None
     assert labels.tolist() == [*range(1, 10), 0]
     assert source.class_names() == [str(n) for n in range(10)]
+
+
+def test_the_processes_of_a_machine_share_the_pixels_of_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = write_svhn(tmp_path, monkeypatch)
+    config = DataConfig(root=str(tmp_path), source="torchvision", torchvision={"dataset": "SVHN", "num_val": 6})
+    (unlabeled,) = open_source(config).files(["unlabeled"])
+    first = [raw.data for raw in open_source(config).read(unlabeled, 0, 40)]
+    for number, data in enumerate(first):
+        assert np.array_equal(decoded(data), pixels["extra"][..., number])
+    (folder,) = (tmp_path / "cache/unpacked").glob("*/")
+    folder.rename(folder.with_suffix(".making"))  # as a kill while unpacking leaves it
+    assert [raw.data for raw in open_source(config).read(unlabeled, 0, 40)] == first
+    monkeypatch.setattr("tasks.sources.unpacked._load", lambda *which: pytest.fail(f"loaded again: {which}"))
+    other = open_source(config)
+    assert [raw.data for raw in other.read(unlabeled, 0, 40)] == first
+    assert isinstance(other._loaded("extra").pixels, np.memmap)  # type: ignore[attr-defined]
+
+
+def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """SVHN's files with few images, in torchvision's layout, and a cache of their own; the pixels of each part."""
+    from scipy import io as scipy_io
+    from torchvision.datasets import SVHN
+
+    from tasks.sources import torchvision
+
+    monkeypatch.setenv("NST_CACHE_DIR", str(root / "cache"))
+    pixels: dict[str, np.ndarray] = {}
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 30), ("test", 10), ("extra", 40)):
+        pixels[part] = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        content = {"X": pixels[part], "y": np.arange(count)[:, None] % 10 + 1}
+        scipy_io.savemat(root / f"{part}_32x32.mat", content)
+    parts = {part: [*facts[:2], None] for part, facts in SVHN.split_list.items()}
+    monkeypatch.setattr(SVHN, "split_list", parts)
+    monkeypatch.setitem(torchvision.IMAGES, "SVHN", {"train": 30, "test": 10, "extra": 40})
+    return pixels
 
 
 def decoded(data: bytes) -> np.ndarray:
