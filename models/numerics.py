@@ -43,6 +43,19 @@ def chosen_numerics(config: ComputeConfig, dtype: str = "float32", compiled: boo
     }
 
 
+def asked_otherwise(config: ComputeConfig, agreed: dict[str, Any]) -> dict[str, Any]:
+    """Where `config` forbids numerics that were agreed on before: the settings that would allow them, by name.
+
+    What is `auto` allows anything, but for a GPU where this machine has none.
+    """
+    asked = {name: getattr(config, name) for name in ("device", "dtype", "compile", "inference_batch")}
+    if config.device == "auto" and resolve_device(config) == "cpu":
+        asked["device"] = "cpu"
+    then = {"device": agreed["device"], "dtype": agreed["dtype"], "inference_batch": agreed["batch"]}
+    then["compile"] = "always" if agreed["compile"] else "never"
+    return {f"compute.{name}": then[name] for name in asked if asked[name] not in ("auto", 0, then[name])}
+
+
 def labeling_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> list[dict[str, Any]]:
     """The numerics among which the cheapest for a job is taken, given what the hardware and the machine offer."""
     ways = [("float32", False)]

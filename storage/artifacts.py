@@ -213,12 +213,22 @@ def publish_part(
     return store.read_as(path, Part)
 
 
-def agree_numerics(store: Store, kind: str, key: str, probed: dict[str, Any]) -> dict[str, Any]:
-    """Publish what was probed for an artifact in the making, or take what an earlier attempt published."""
+def agree_numerics(
+    store: Store, kind: str, key: str, probed: dict[str, Any], instead_of: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Publish what was probed for an artifact in the making, or take what an earlier attempt published.
+
+    `instead_of`: what an earlier attempt published, known to have made nothing (it failed, or ran on another machine): it
+    is replaced. Should two attempts replace it at once, each may go on with its own: the parts of both are told apart.
+    """
     path = f"{artifact_folder(kind, key)}/numerics.json"
     if store.create_record(path, probed):
         return probed
-    return store.read_record(path)
+    found = store.read_record(path)
+    if found != instead_of:
+        return found
+    store.replace_record(path, probed)
+    return probed
 
 
 def agreed_numerics(store: Store, kind: str, key: str) -> dict[str, Any] | None:

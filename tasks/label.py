@@ -8,7 +8,7 @@ import numpy as np
 
 from models.compute import group_shards, num_cores, num_gpus
 from models.configs import LabelConfig
-from models.numerics import chosen_numerics, labeling_choices, labeling_seconds, part_numerics
+from models.numerics import asked_otherwise, chosen_numerics, labeling_choices, labeling_seconds, part_numerics
 from models.predictions import TOP_K_CLASSES
 from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, agreed_numerics, find_parts, made_parts
 from storage.errors import UserError
@@ -30,10 +30,11 @@ def label(context: StageContext, config: LabelConfig, inputs: dict[str, Manifest
     selection = inputs.get("selection")
     source, split = (selection, "train") if selection else (inputs["data"], "unlabeled")
     models = [inputs[role] for role in model_roles(inputs)]
-    files = Predictions(context, "labels", models, source, config, unique=selection is not None).of([split])[split]
+    predicted = Predictions(context, "labels", models, source, config, unique=selection is not None)
+    files = predicted.of([split])[split]
     predictions = [entry for entry in files if entry.name.startswith("predictions/")]
     metrics = _summary(context.store, predictions, models[0].metrics["class_names"])
-    return StageResult(files, metrics, {"numerics": agreed_numerics(context.store, "labels", context.key)})
+    return StageResult(files, metrics, {"numerics": predicted.numerics})
 
 
 def model_roles(inputs: Iterable[str]) -> list[str]:
@@ -70,13 +71,15 @@ class Predictions:
             _check_config(config, model)
         self._context, self._kind, self._models, self._source = context, kind, models, source
         self._config, self._unique, self._exact = config, unique, exact
+        self.numerics: dict[str, Any] = {}  # once `of` was called: those of the artifact
 
     def of(self, splits: Sequence[str]) -> dict[str, tuple[FileEntry, ...]]:
         """The files by split: of each shard, in their order, its predictions and its probabilities."""
         store = self._context.store
         shards = [(split, shard) for split in splits for shard in shard_files(self._source, split)]
         keys = {shard.name: self._part_key(shard) for _, shard in shards}
-        numerics = part_numerics(self._agreed([shard for _, shard in shards], list(keys.values())))
+        self.numerics = self._agreed([shard for _, shard in shards], list(keys.values()))
+        numerics = part_numerics(self.numerics)
         found = find_parts(store, PREDICT, list(keys.values()), numerics)
         missing = [(split, shard) for split, shard in shards if found[keys[shard.name]] is None]
         if missing:
@@ -127,10 +130,21 @@ class Predictions:
         return digest({**identity, "unique": True} if self._unique else identity)
 
     def _agreed(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
-        """The artifact's numerics: those of an earlier attempt, else the cheapest for what is not there yet."""
+        """The artifact's numerics: those of an earlier attempt, else the cheapest for what is not there yet.
+
+        An attempt that made no part, because it failed or was broken off, binds nobody who asks for other numerics.
+        """
         context = self._context
         agreed = agreed_numerics(context.store, self._kind, context.key)
-        return agreed or agree_numerics(context.store, self._kind, context.key, self._cheapest(shards, keys))
+        if agreed is not None:
+            otherwise = asked_otherwise(context.compute, agreed)
+            found = find_parts(context.store, PREDICT, keys, part_numerics(agreed)) if otherwise else {}
+            made = sum(part is not None for part in found.values())
+            if not otherwise or made == len(keys):
+                return agreed
+            if made:
+                raise UserError(_made_otherwise(self._kind, made, len(keys), otherwise))
+        return agree_numerics(context.store, self._kind, context.key, self._cheapest(shards, keys), instead_of=agreed)
 
     def _cheapest(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
         context, compute = self._context, self._context.compute
@@ -182,6 +196,16 @@ def _check_config(config: LabelConfig, model: Manifest) -> None:
             f"label.noised=true needs the noise of the teacher's training, and model {model.key[:12]} does not say with "
             "which it was trained; set label.noised=false"
         )
+
+
+def _made_otherwise(kind: str, made: int, total: int, otherwise: dict[str, Any]) -> str:
+    """What is wrong where parts exist that were computed in another way than is asked for now."""
+    stage = {"labels": "label", "evaluation": "evaluate"}[kind]
+    then = ", ".join(f"{name}={value}" for name, value in otherwise.items())
+    return (
+        f"{made} of {total} parts of these predictions were made with {then}, which this run does not allow; finish them "
+        f"with that, or make all anew with --rerun {stage}"
+    )
 
 
 def _named(split: str, parts: Sequence[Part]) -> tuple[FileEntry, ...]:
