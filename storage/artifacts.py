@@ -13,7 +13,7 @@ Readers see an artifact whole or not at all. A part's key is a digest of what it
 artifact's), so a data set that grows keeps the parts that did not change.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,14 @@ class Manifest(Config):
                 return entry
         raise StoreError(f"{self.kind} {self.key} has no file {name!r}")
 
+    def files_named(self, names: Iterable[str]) -> list[FileEntry]:
+        """The files of many logical names, in their order: looked up, not searched for. Raises StoreError as `file` does."""
+        by_name = {entry.name: entry for entry in reversed(self.files)}
+        return [by_name.get(name) or self.file(name) for name in names]
+
     def files_under(self, prefix: str) -> tuple[FileEntry, ...]:
-        """The files whose logical names start with `prefix`, in the order of their names."""
-        return tuple(sorted((f for f in self.files if f.name.startswith(prefix)), key=lambda f: f.name))
+        """The files whose logical names start with `prefix`: by folder, and in it by number, `99999` before `100000`."""
+        return tuple(sorted((f for f in self.files if f.name.startswith(prefix)), key=_in_number_order))
 
 
 def artifact_folder(kind: str, key: str) -> str:
@@ -263,6 +268,12 @@ def _versioned(path: str, record: dict[str, Any]) -> Manifest:
         return Manifest.model_validate(record)
     except ValidationError as error:
         raise StoreError(f"{path} is no manifest ({error.errors()[0]['msg']}); delete it and run again") from None
+
+
+def _in_number_order(entry: FileEntry) -> tuple[str, int, str]:
+    """Numbers in names have five digits, and more where there are more files: a longer name is a larger number."""
+    folder, _, name = entry.name.rpartition("/")
+    return folder, len(name), name
 
 
 def _marker(stage: str, key: str, numerics: dict[str, Any]) -> str:

@@ -77,7 +77,8 @@ class Predictions:
         """The files by split: of each shard, in their order, its predictions and its probabilities."""
         store = self._context.store
         shards = [(split, shard) for split in splits for shard in shard_files(self._source, split)]
-        keys = {shard.name: self._part_key(shard) for _, shard in shards}
+        indices = self._source.files_named(index_name(shard) for _, shard in shards)
+        keys = {shard.name: self._part_key(shard, index) for (_, shard), index in zip(shards, indices, strict=True)}
         self.numerics = self._agreed([shard for _, shard in shards], list(keys.values()))
         numerics = part_numerics(self.numerics)
         found = find_parts(store, PREDICT, list(keys.values()), numerics)
@@ -115,7 +116,7 @@ class Predictions:
         ]
         context.engine.map("models.inference:label_shards", specs, context.progress_of(sum(sizes)))
 
-    def _part_key(self, shard: FileEntry) -> str:
+    def _part_key(self, shard: FileEntry, index: FileEntry) -> str:
         """(version, models, config, content of the shard and of its index): a growing data set labels only its new shards.
 
         The index counts because it decides which images of the tar are there: leaked ones are left out of it.
@@ -125,7 +126,7 @@ class Predictions:
             "models": [model.key for model in self._models],
             "config": self._config.key_fields(),
             "shard": shard.sha256,
-            "index": self._source.file(index_name(shard)).sha256,
+            "index": index.sha256,
         }
         return digest({**identity, "unique": True} if self._unique else identity)
 
