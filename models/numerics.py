@@ -17,6 +17,7 @@ COST = {
     ("bfloat16", True): (15.0, 0.017),
 }
 GPU_SPEEDUP = 500.0
+SHARED_BY = 4  # processes among which a job is taken to be divided: the choice must not hang on how many there are
 VERSIONED = ("torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "webdataset", "prefect", "duckdb")
 
 
@@ -66,9 +67,12 @@ def labeling_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> l
 
 
 def labeling_seconds(numerics: dict[str, Any], images: int, macs: int) -> float:
-    """About how long one core takes for images of so many multiply-adds each: to compare numerics, no promise."""
+    """About how long a job of so many images, of so many multiply-adds each, takes: to compare numerics, no promise.
+
+    As if `SHARED_BY` processes did it, each paying for its own set-up.
+    """
     setup, per_gmac = COST[numerics["dtype"], numerics["compile"]]
-    return setup + per_gmac / (GPU_SPEEDUP if numerics["device"] == "cuda" else 1.0) * images * macs / 1e9
+    return setup + per_gmac / (GPU_SPEEDUP if numerics["device"] == "cuda" else 1.0) * images / SHARED_BY * macs / 1e9
 
 
 def part_numerics(chosen: dict[str, Any]) -> dict[str, Any]:

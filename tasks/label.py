@@ -17,7 +17,7 @@ from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files
 from tasks.contract import StageContext, StageResult
 
-VERSION = 2
+VERSION = 3  # 3: dtype and compile are chosen for the whole job
 PREDICT = "predict"  # parts of labels and evaluations are the same thing, so they share a name
 CONFIDENCE_BINS = 20
 
@@ -131,7 +131,7 @@ class Predictions:
         return digest({**identity, "unique": True} if self._unique else identity)
 
     def _agreed(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
-        """The artifact's numerics: those of an earlier attempt, else the cheapest for what is not there yet.
+        """The artifact's numerics: those of an earlier attempt, else the cheapest.
 
         An attempt that made no part, because it failed or was broken off, binds nobody who asks for other numerics.
         """
@@ -145,9 +145,13 @@ class Predictions:
                 return agreed
             if made:
                 raise UserError(_made_otherwise(self._kind, made, len(keys), otherwise))
-        return agree_numerics(context.store, self._kind, context.key, self._cheapest(shards, keys), instead_of=agreed)
+        return agree_numerics(context.store, self._kind, context.key, self._cheapest(shards), instead_of=agreed)
 
-    def _cheapest(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
+    def _cheapest(self, shards: Sequence[FileEntry]) -> dict[str, Any]:
+        """The cheapest numerics for all the images, whoever labels them and whatever is there already.
+
+        So one artifact is computed in one way on machines of a kind, however many processes there are.
+        """
         context, compute = self._context, self._context.compute
         if self._exact or "auto" not in (compute.dtype, compute.compile):
             return chosen_numerics(compute)
@@ -155,14 +159,8 @@ class Predictions:
         spec["device"] = chosen_numerics(compute)["device"]
         (survey,) = context.engine.map("models.inference:survey", [spec], lambda progress: None)
         choices = labeling_choices(compute, survey["bfloat16"], survey["compiler"])
-        macs = survey["macs"] * len(self._config.views)
-
-        def seconds(choice: dict[str, Any]) -> float:
-            found = find_parts(context.store, PREDICT, keys, part_numerics(choice))
-            left = sum(shard.rows or 0 for shard, key in zip(shards, keys, strict=True) if found[key] is None)
-            return labeling_seconds(choice, left // context.engine.processes, macs) if left else 0.0
-
-        return min(choices, key=seconds)
+        images, macs = sum(shard.rows or 0 for shard in shards), survey["macs"] * len(self._config.views)
+        return min(choices, key=lambda choice: labeling_seconds(choice, images, macs))
 
 
 def check_classes(model: Manifest, source: Manifest) -> None:

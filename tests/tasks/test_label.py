@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from models.classifier import Classifier
+from models.classifier import Classifier, NoisedClassifier
 from models.compute import ComputeConfig
 from models.configs import LabelConfig, ViewConfig
 from models.decode import clean_pixels, decode_pixels
@@ -15,9 +15,9 @@ from models.inference import label_shards
 from models.loader import IndexedImages
 from models.numerics import labeling_choices, labeling_seconds
 from storage.artifacts import Manifest
-from storage.errors import UserError
+from storage.errors import StoreError, UserError
 from tests.models.artifacts import CLASSES, Artifacts, make_artifacts
-from tests.tasks.labeling import BATCH, PLAIN, Labeled, teacher
+from tests.tasks.labeling import PLAIN, Labeled, teacher
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,14 @@ def test_a_noised_teacher_decides_like_the_clean_one(
     assert not np.allclose(other.probabilities, found.probabilities, atol=1e-2)
 
 
+def test_an_infinite_output_of_a_noised_teacher_is_an_error(
+    artifacts: Artifacts, teachers: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NoisedClassifier, "logits", lambda *_: torch.tensor([[0.0, 1.0, -torch.inf, 0.0]]))
+    with pytest.raises(StoreError, match="not finite"):
+        Labeled(artifacts, teachers[:1], noised=True, seed=2)
+
+
 def test_an_images_noise_does_not_hang_on_its_batch(artifacts: Artifacts, teachers: list[Manifest]) -> None:
     in_small, in_large = (
         Labeled(artifacts, teachers[:1], {**PLAIN, "inference_batch": batch}, noised=True) for batch in (5, 24)
@@ -177,17 +185,6 @@ def test_what_hardware_or_config_do_not_offer_is_not_chosen() -> None:
     assert not any(c["compile"] for c in labeling_choices(cpu, bfloat16=True, compiler=False))
     asked = ComputeConfig(device="cpu", dtype="bfloat16", compile="never")
     assert len(labeling_choices(asked, bfloat16=False, compiler=True)) == 1
-
-
-def test_parts_of_an_earlier_artifact_are_kept_where_a_job_could_choose_anew(
-    artifacts: Artifacts, teachers: list[Manifest]
-) -> None:
-    """Labeled in bfloat16 by an artifact, the same shards are not done again in float32 by the next that may choose."""
-    first = Labeled(artifacts, teachers[1:], {**PLAIN, "dtype": "bfloat16"}, temperature=1.5)
-    second = Labeled(artifacts, teachers[1:], {"inference_batch": BATCH}, temperature=1.5)
-    if second.result.facts["numerics"]["dtype"] == "float32":
-        pytest.skip("this CPU does not compute in bfloat16, so it was no choice")
-    assert [f.sha256 for f in first.result.files] == [f.sha256 for f in second.result.files]
 
 
 def test_label_shards_does_nothing_for_no_shards(artifacts: Artifacts, teachers: list[Manifest]) -> None:

@@ -92,6 +92,22 @@ def test_parts_made_in_another_way_are_neither_mixed_nor_thrown_away(artifacts: 
     assert attempt(artifacts, model, dtype="float32").files == finished.files, "nothing was left to be made"
 
 
+def test_the_dtype_hangs_on_the_whole_job_not_on_processes_or_parts_that_exist(
+    artifacts: Artifacts, model: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """72 images pay for bfloat16 here; a share of 9, or of none, would not."""
+    known = {"macs": 10**9, "bfloat16": True, "compiler": False}
+    monkeypatch.setattr("models.inference.survey", lambda *_: known)
+    cost = {("float32", False): (0.0, 1.0), ("bfloat16", False): (10.0, 0.0)}
+    monkeypatch.setattr("models.numerics.COST", cost)
+    attempt(artifacts, model, dtype="float32")  # its parts are there, but it is another artifact
+    for processes in (1, 8):
+        settings = ComputeConfig(processes=processes, inference_batch=BATCH, device="cpu")
+        context = StageContext(artifacts.store, digest([model.key, processes]), InThisProcess(settings), settings)
+        found = label(context, LabelConfig(), {"data": artifacts.data, "model": model})
+        assert found.facts["numerics"]["dtype"] == "bfloat16"
+
+
 def test_what_is_left_to_choice_allows_what_was_agreed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed = chosen_numerics(ComputeConfig(device="cuda", dtype="bfloat16", compile="always"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
