@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from storage.artifacts import FileEntry, Manifest
 from storage.objects import Store
-from storage.shards import read_table, read_tables
+from storage.shards import read_rows, read_table, read_tables
 
 PREDICTIONS_FILE = "predictions.parquet"
 PROBABILITIES_FILE = "probabilities.parquet"
@@ -99,9 +99,7 @@ def read_probabilities(
 
     `entry` is one of `labels.files_under("probabilities/")`; `rows` are places in it, in any order (None: all).
     """
-    table = read_table(store, entry)
-    if rows is not None:
-        table = table.take(pa.array(rows, pa.int64()))
+    table = read_table(store, entry) if rows is None else read_rows(store, entry, np.asarray(rows, np.int64))
     return restore_probabilities(table, len(labels.metrics["class_names"]))
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from models.compute import ComputeConfig, LocalEngine
-from models.predictions import predictions_table, probabilities_table
+from models.predictions import predictions_table, probabilities_table, read_probabilities
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file
 from storage.errors import StoreError, UserError
 from storage.objects import Store
@@ -20,7 +21,7 @@ from tasks.contract import StageContext, StageResult
 from tasks.select import select
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
-from tests.datasets import prepare_all
+from tests.datasets import HereEngine, prepare_all
 from tests.real_images import write_splits
 from tests.tasks.selection.predicted import NAMES, Row, expected_fates
 
@@ -99,9 +100,11 @@ class Labeled:
         )
         return commit(self.store, manifest)
 
-    def select(self, key: str, processes: int = 1, **fields: Any) -> StageResult:
+    def select(self, key: str, processes: int = 1, engine: Any = None, **fields: Any) -> StageResult:
         config = SelectConfig(**{"min_confidence": 0.5, "images_per_class": 9, "shard_images": 8, **fields})
-        return select(self.context(key, processes), config, {"data": self.data, "labels": self.labels})
+        context = self.context(key, processes)
+        context = replace(context, engine=engine) if engine else context
+        return select(context, config, {"data": self.data, "labels": self.labels})
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +261,23 @@ def test_the_shards_that_are_gathered_at_once_change_no_byte(labeled: Labeled, s
     one_shard = labeled.select("s8", shard_images=27)
     index = read_table(labeled.store, one_shard.files[3])
     assert index["key"].to_pylist() == read_index(labeled.store, selection, "train")["key"].to_pylist()
+
+
+def test_the_labels_of_an_input_shard_are_read_once_however_many_shards_are_written(
+    labeled: Labeled, selection: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the cost grows with the images and not with their square."""
+    read: list[str] = []
+
+    def counting(store: Store, labels: Manifest, entry: FileEntry, rows: Any) -> Any:
+        read.append(entry.name)
+        return read_probabilities(store, labels, entry, rows)
+
+    monkeypatch.setattr("tasks.selection.shards.read_probabilities", counting)
+    monkeypatch.setattr("tasks.selection.shards.GATHER_BYTES", 1)  # each output shard is gathered alone
+    again = labeled.select("s11", engine=HereEngine())
+    assert [file.sha256 for file in again.files] == [file.sha256 for file in selection.files]
+    assert read == [entry.name for entry in labeled.labels.files_under("probabilities/")]
 
 
 def test_labels_of_another_data_set_are_refused_before_anything_is_written(labeled: Labeled, tmp_path: Path) -> None:
