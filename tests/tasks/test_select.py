@@ -21,6 +21,7 @@ from tasks.contract import StageContext, StageResult
 from tasks.select import select
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
+from tasks.selection.shards import _Source
 from tests.datasets import HereEngine, prepare_all
 from tests.real_images import write_splits
 from tests.tasks.selection.predicted import NAMES, Row, expected_fates
@@ -223,27 +224,39 @@ def test_a_selection_made_by_three_processes_has_the_same_bytes(labeled: Labeled
     assert again.metrics == selection.metrics
 
 
-def test_finished_parts_of_a_selection_are_kept(labeled: Labeled, selection: Manifest) -> None:
-    before = {path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("parts")}
-    assert labeled.select("s1").files == selection.files
-    assert {path: labeled.store.local_path(path).stat().st_mtime_ns for path in before} == before
+def test_finished_parts_of_a_selection_are_kept(
+    labeled: Labeled, selection: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No time of a file would tell: the store keeps a file whose bytes it has, also of work that was done again."""
+    monkeypatch.setattr("tasks.select.make_plan", lambda *_: pytest.fail("it was planned again"))
+    monkeypatch.setattr("tasks.selection.shards.write_shards", lambda *_: pytest.fail("shards were written again"))
+    assert labeled.select("s1", engine=HereEngine()).files == selection.files
 
 
-def test_a_crash_before_the_commit_loses_neither_the_plan_nor_a_shard(labeled: Labeled, selection: Manifest) -> None:
-    first, last = shard_files(selection, "train")[0], shard_files(selection, "train")[-1]
-    result = labeled.select("s6")
-    plan = {path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("parts/select")}
-    marker = next(
-        p
-        for p in labeled.store.paths("parts/select")
-        if p.startswith(Path(result.files[2].path).parent.as_posix()) and p.endswith(".json")
-    )
-    labeled.store.delete(marker)
-    again = labeled.select("s6")
+def test_a_crash_before_the_commit_loses_neither_the_plan_nor_a_shard(
+    labeled: Labeled, selection: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = labeled.select("s6", engine=HereEngine())
+    shards = [file for file in result.files if file.name.startswith("shards/")]
+    lost, kept = Path(shards[1].path).parent, Path(shards[2].path).parent
+    markers = [path for path in labeled.store.paths(lost.as_posix()) if path.endswith(".json")]
+    labeled.store.delete(*markers)
+    written: list[str] = []
+
+    def write(source: Any, part_key: str, *rows: Any) -> None:
+        written.append(part_key)
+        write_shard(source, part_key, *rows)
+
+    write_shard = _Source.write_shard
+    monkeypatch.setattr(_Source, "write_shard", write)
+    monkeypatch.setattr("tasks.select.make_plan", lambda *_: pytest.fail("it was planned again"))
+    again = labeled.select("s6", engine=HereEngine())
     assert again.files == result.files
-    assert [file.sha256 for file in again.files if file.name in (first.name, last.name)] == [first.sha256, last.sha256]
-    changed = [p for p, time in plan.items() if labeled.store.local_path(p).stat().st_mtime_ns != time]
-    assert changed == [marker]
+    assert written == [lost.name] != [kept.name]
+    own = [
+        [file.sha256 for file in files if file.name.startswith("shards/")] for files in (again.files, selection.files)
+    ]
+    assert own[0] == own[1]
 
 
 def test_another_threshold_reads_the_labels_and_changes_none_of_their_files(labeled: Labeled) -> None:
