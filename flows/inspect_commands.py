@@ -46,12 +46,12 @@ def diff(
     store: StoreOption = "nst-store",
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two label versions: flips by class pair, how confidence moved, images won and lost.
+    """Compare two label versions: flips by class pair, how confidence moved, images won and lost (by key with --json).
 
     Example: nst diff digits/1/label digits/2/label
     """
     opened = Store(store)
-    found = diff_labels(opened, artifact_of(opened, a), artifact_of(opened, b), confidence)
+    found = diff_labels(opened, artifact_of(opened, a), artifact_of(opened, b), confidence, with_keys=as_json)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
@@ -114,6 +114,8 @@ def _print_biography(found: Biography) -> None:
 def _print_diff(found: LabelDiff, a: str, b: str) -> None:
     share = found.flipped / found.images if found.images else 0
     _say(f"{found.images:,} images in both ({found.only_in_a:,} only in {a}, {found.only_in_b:,} only in {b})")
+    if found.changed:
+        _say(f"{found.changed:,} keys name another image in {b}'s data set than in {a}'s: left out of what follows")
     _say(f"flipped: {found.flipped:,} ({share:.2%}); confidence moved by {found.shift:+.4f} on average")
     _say(f"at confidence >= {found.min_confidence:g}: {found.won:,} won, {found.lost:,} lost")
     flips = _table("from", "to", "images", "confidence")

@@ -89,7 +89,7 @@ def test_names_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[
     """Not taken for the terminal's markup."""
     row = {"images": 3, "flipped": 1, "shift": 0.1, "won": 0, "lost": 0}
     flips = [{"from_class": name, "to_class": "cat", "images": 1, "old": 0.1, "new": 0.2}]
-    totals = {"only_in_a": 0, "only_in_b": 0, "min_confidence": 0.3}
+    totals = {"changed": 0, "won_keys": [], "lost_keys": [], "only_in_a": 0, "only_in_b": 0, "min_confidence": 0.3}
     _print_diff(LabelDiff(**row, **totals, flips=flips, per_class=[{"class_name": name, **row}]), name, name)
     counts = {"label": 0, "threshold": 0.3, **dict.fromkeys(COUNTS, 1)}
     _print_story(ClassStory(name, counts, [{"key": name, "confidence": 0.5}], [], []), None)
