@@ -28,6 +28,8 @@ def sample(
 ) -> None:
     """Tell an image's biography: source, labels with their confidence, kept or dropped and why, copies, students.
 
+    A rejected image is found by its source's path too.
+
     Example: nst sample digits-unlabeled-00000017
     """
     found = biography(Store(store), key)
@@ -93,13 +95,19 @@ def _print_biography(found: Biography) -> None:
         _say(f"in {place['dataset']} ({place['split']}): {place['source']}{label}")
         _say(f"  {place['width']} x {place['height']} px, {place['bytes']:,} bytes, sha256 {place['sha256']}")
         _say(f"  {place['shard']} at {place['offset']}")
+        if place["split"] == "labeled":
+            _say(f"  trained on by: {', '.join(place['models']) or 'no model yet'}")
+    for row in found.rejects:
+        _say(f"rejected by {row['dataset']} ({row['split']}): {row['source']} row {row['row']}: {row['reason']}")
     for leak in found.leaks:
         _say(
             f"left out of {leak['dataset']}: {leak['kind']} copy of {leak['evaluation_key']} (distance {leak['distance']:.3f})"
         )
+    several = len({row["sha256"] for row in found.labels}) > 1
     for row in found.labels:
+        which = f" (the image with sha256 {row['sha256'][:12]} of {row['dataset']})" if several else ""
         _say(
-            f"{row['labels']}: {row['class_name']} with confidence {row['confidence']:.4f}, by {', '.join(row['models'])}"
+            f"{row['labels']}{which}: {row['class_name']} with confidence {row['confidence']:.4f}, by {', '.join(row['models'])}"
         )
     for row in found.selections:
         threshold = f", threshold of its class {row['threshold']:.4f}" if row["threshold"] is not None else ""
