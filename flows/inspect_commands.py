@@ -76,17 +76,28 @@ def explain(
     selection = artifact_of(opened, dataset)
     if selection.kind != "selection":
         raise UserError(f"{dataset} is no selection but a {selection.kind}; give a ref such as digits/1/select")
+    if picture is not None:
+        _check_target(picture)
     labels = get(opened, "labels", selection.inputs["labels"])
     story = explain_class(opened, selection, labels, class_name, images)
     if picture is not None:
-        if picture.exists():
-            raise UserError(f"{picture} exists already; give another name")
         sheet = picture_of(opened, get(opened, "dataset", selection.inputs["data"]), story)
-        sheet.save(picture, "PNG")
+        try:
+            sheet.save(picture, "PNG")
+        except OSError as error:
+            raise UserError(f"{picture} cannot be written ({error.strerror}); give another place") from error
     if as_json:
         print(json.dumps(asdict(story), indent=1))
         return
     _print_story(story, picture)
+
+
+def _check_target(picture: Path) -> None:
+    """Raise UserError, before anything is read, where a new file of that name cannot be made."""
+    if picture.exists():
+        raise UserError(f"{picture} exists already; give another name")
+    if not picture.parent.is_dir():
+        raise UserError(f"{picture.parent} is no folder; make it first, or give another place with --picture")
 
 
 def _print_biography(found: Biography) -> None:

@@ -1,9 +1,6 @@
 import io
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +14,10 @@ from storage.artifacts import Manifest, commit
 from storage.errors import UserError
 from storage.runs import record_run
 from tasks.selection.rules import DECISIONS
+from tests.flows.runs import nst_in_one_process
 from tests.flows.tiny import Project
 from tests.real_images import pngs, write_images
 from tests.tasks.selection.predicted import Row, publish_predictions
-
-HEAVY = ("torch", "torchvision", "timm", "prefect", "webdataset")
-COMMANDS = """
-import json, sys
-from flows.cli import main
-
-for line in json.loads(sys.argv[1]):
-    sys.argv = ["nst", *line]
-    main()
-print("HEAVY", [name for name in json.loads('HEAVY_NAMES') if name in sys.modules])
-"""
 
 
 @pytest.fixture
@@ -300,11 +287,7 @@ def test_plan_ls_and_results_load_no_heavy_library_and_write_nothing(project: Pr
         ["results", "tiny/1", "--json", *store],
     ]
     before = everything_below(tmp_path)
-    program = COMMANDS.replace("HEAVY_NAMES", json.dumps(HEAVY))
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(lines)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
-    assert "teacher.epochs: 50.0 -> 3.0" in done.stdout
+    output, heavy = nst_in_one_process(lines, tmp_path)
+    assert heavy == []
+    assert "teacher.epochs: 50.0 -> 3.0" in output
     assert everything_below(tmp_path) == before
