@@ -74,8 +74,10 @@ def probabilities_table(probabilities: np.ndarray, top_k: int = 0) -> pa.Table:
 def restore_probabilities(table: pa.Table, num_classes: int) -> np.ndarray:
     """All classes of stored rows, float16 [n, classes], in [0, 1], summing to 1 within fp16's rounding.
 
-    What the top k leave of 1 is spread evenly over the other classes: the least that can be assumed of them. So
-    training and calibration see distributions, never a cut one.
+    The mass that top k storage leaves out is spread evenly over the other classes: the least that can be assumed of them,
+    and none comes above the k-th. So a student's loss, and what is measured of all classes (log loss, Brier score), see
+    distributions, never a cut or a rescaled one: the k likeliest keep their probabilities. What is measured of the first
+    class alone (confidence, expected calibration error) takes `confidence` of the predictions, in which nothing is missing.
     """
     if "probabilities" in table.column_names:
         return _matrix(table["probabilities"], num_classes)
