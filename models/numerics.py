@@ -59,9 +59,8 @@ def asked_otherwise(config: ComputeConfig, agreed: dict[str, Any]) -> dict[str, 
 
 def labeling_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> list[dict[str, Any]]:
     """The numerics among which the cheapest for a job is taken, given what the hardware and the machine offer."""
-    ways = [("float32", False)]
-    if bfloat16:
-        ways += [("bfloat16", False), ("bfloat16", True)] if compiler else [("bfloat16", False)]
+    dtypes = ("float32", "bfloat16") if bfloat16 else ("float32",)
+    ways = [(dtype, compiled) for dtype in dtypes for compiled in ((False, True) if compiler else (False,))]
     choices = [chosen_numerics(config, dtype, compiled) for dtype, compiled in ways]
     return [choice for number, choice in enumerate(choices) if choice not in choices[:number]]
 

@@ -27,7 +27,7 @@ from tasks.selection.rules import ClassCounts, find_rules
 from tasks.selection.scan import Batch, Predictions
 from tasks.selection.shards import PASS_COPIES, STAGE
 
-VERSION = 2
+VERSION = 3  # 3: a sample names all its teachers
 CLASSES_FILE = "classes.parquet"
 
 

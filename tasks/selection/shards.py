@@ -26,6 +26,7 @@ from storage.shards import (
     write_tar,
 )
 from tasks.ingest import NO_NUMERICS
+from tasks.label import model_roles
 from tasks.selection.layout import shards_of_file
 from tasks.selection.scatter import Scatter
 
@@ -95,6 +96,7 @@ class _Source:
         self._probabilities = labels.files_under("probabilities/")
         self._starts = np.cumsum([0, *(shard.rows or 0 for shard in self._shards)])
         self._reader = ShardReader(store, self._shards)
+        self._teachers = [labels.inputs[role] for role in model_roles(labels.inputs)]
         self.num_classes = len(labels.metrics["class_names"])
 
     def scatter(self, records: pa.Table, scatter: Scatter, worker: Worker) -> None:
@@ -148,7 +150,7 @@ class _Source:
             facts = {
                 "class": row["label"],
                 "confidence": row["confidence"],
-                "labeled_by": self._labels.inputs["model"],
+                "labeled_by": self._teachers,
                 "source_key": row["source_key"],
                 "source": row["source"],
                 "copy": row["copy"],

@@ -21,7 +21,8 @@ from tests.tasks.selection.predicted import Row, publish_predictions
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("NST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     return Project(tmp_path)
 
 
@@ -159,6 +160,18 @@ def test_a_selection_is_counted_beforehand_and_nothing_is_written(project: Proje
         [row[name] for name in ("class_name", "kept", "dropped", "duplicated", "copies")] for row in planned.classes
     ]
     assert counts == [["cat", 3, 3, 0, 3], ["dog", 3, 2, 0, 3], ["owl", 0, 0, 0, 0]]
+
+
+def test_counting_a_selection_leaves_the_systems_temporary_folder_alone(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 16 bytes an image, where /tmp may be small or in memory."""
+    run = project.resolve()
+    label(run, "1/label", [("a", 0, 0.9), ("b", 1, 0.8), ("c", 2, 0.8)])
+    monkeypatch.setattr("tempfile.tempdir", "/missing")
+    planned = plan(run)["1/select"].selection
+    assert planned is not None
+    assert [row["kept"] for row in planned.classes] == [1, 1, 1]
 
 
 def test_a_class_that_would_stay_empty_is_named_before_the_run_and_fewer_images_are_duplicated(

@@ -59,7 +59,7 @@ class Labeled:
         self.data = self.commit("dataset", "d1", "prepare", {}, result.files, result.metrics)
         self.rows: dict[str, Row] = {}
         self.labels = self.commit(
-            "labels", "l1", "label", {"model": "m1"}, self.predict(), {"class_names": list(NAMES)}
+            "labels", "l1", "label", {"model.2": "m2", "model": "m1"}, self.predict(), {"class_names": list(NAMES)}
         )
 
     def predict(self) -> tuple[FileEntry, ...]:
@@ -189,7 +189,7 @@ def test_webdataset_reads_image_soft_label_and_facts_of_every_copy(labeled: Labe
         assert facts == {
             "class": label,
             "confidence": float(row.max()),
-            "labeled_by": "m1",
+            "labeled_by": ["m1", "m2"],
             "source_key": key,
             "source": sources[key]["source"],
             "copy": facts["copy"],
