@@ -4,7 +4,8 @@ Layout below the store's root:
 
     artifacts/<kind>/<key>/manifest.json        the commit: written last, once, by create-if-absent
     artifacts/<kind>/<key>/<name>-<sha>.<ext>   the artifact's own files, under names that contain their digest
-    artifacts/<kind>/<key>/numerics.json        what was probed once (dtype, layout), followed by every resume and rank
+    artifacts/<kind>/<key>/numerics.json        what was probed once (dtype, layout), followed by every resume and rank;
+                                                replaced only where nothing was made with it
     artifacts/<kind>/<key>/attempts/<id>/...    checkpoints of attempts that have not committed yet
     parts/<stage>/<part key>/<name>-<sha>.<ext> files of a part; a part is shared by every artifact with its content
     parts/<stage>/<part key>/<numerics>.json    the part's create-if-absent marker

@@ -10,6 +10,7 @@ from storage.artifacts import (
     FileEntry,
     Manifest,
     agree_numerics,
+    agreed_numerics,
     artifact_folder,
     attempts_folder,
     commit,
@@ -240,6 +241,14 @@ def test_the_numerics_that_were_probed_first_stand(store: Store) -> None:
     assert agree_numerics(store, "model", "k1", FLOAT) == FLOAT
     assert agree_numerics(store, "model", "k1", HALF) == FLOAT
     assert agree_numerics(store, "model", "k2", HALF) == HALF
+
+
+def test_numerics_that_made_nothing_are_replaced_unless_somebody_was_faster(store: Store) -> None:
+    whole = {"dtype": "float64"}
+    assert agree_numerics(store, "model", "k1", FLOAT) == FLOAT
+    assert agree_numerics(store, "model", "k1", HALF, instead_of=FLOAT) == HALF
+    assert agree_numerics(store, "model", "k1", whole, instead_of=FLOAT) == HALF, "another attempt has replaced them"
+    assert agreed_numerics(store, "model", "k1") == HALF
 
 
 def test_a_discarded_attempt_leaves_the_artifact_and_other_attempts(store: Store) -> None:
