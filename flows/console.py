@@ -143,12 +143,19 @@ def describe(outcome: StageOutcome) -> str:
         "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
         "selection": lambda: (
             f"{metrics['kept']:,} kept, {metrics['dropped']:,} dropped, {metrics['duplicated']:,} duplicated"
+            + _empty_classes(metrics["per_class"]["kept"])
         ),
         "evaluation": lambda: f"test top-1 {metrics['test']['top1']:.2%}",
         "report": lambda: manifest.file("report.html").path,
     }[manifest.kind]()
     seconds = "" if outcome.reused else f" in {manifest.provenance['seconds']:.0f} s"
     return f"{manifest.kind} {manifest.key[:12]}: {facts}{seconds}"
+
+
+def _empty_classes(kept: list[int]) -> str:
+    """Said where classes stay empty, because they were to be skipped or have no image at all."""
+    empty = sum(not count for count in kept)
+    return f", {empty:,} of {len(kept):,} classes empty" if empty else ""
 
 
 def _split(name: str, counts: dict[str, int]) -> str:

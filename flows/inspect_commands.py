@@ -28,6 +28,8 @@ def sample(
 ) -> None:
     """Tell an image's biography: source, labels with their confidence, kept or dropped and why, copies, students.
 
+    A rejected image is found by its source's path too.
+
     Example: nst sample digits-unlabeled-00000017
     """
     found = biography(Store(store), key)
@@ -46,12 +48,12 @@ def diff(
     store: StoreOption = "nst-store",
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two label versions: flips by class pair, how confidence moved, images won and lost.
+    """Compare two label versions: flips by class pair, how confidence moved, images won and lost (by key with --json).
 
     Example: nst diff digits/1/label digits/2/label
     """
     opened = Store(store)
-    found = diff_labels(opened, artifact_of(opened, a), artifact_of(opened, b), confidence)
+    found = diff_labels(opened, artifact_of(opened, a), artifact_of(opened, b), confidence, with_keys=as_json)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
@@ -74,17 +76,28 @@ def explain(
     selection = artifact_of(opened, dataset)
     if selection.kind != "selection":
         raise UserError(f"{dataset} is no selection but a {selection.kind}; give a ref such as digits/1/select")
+    if picture is not None:
+        _check_target(picture)
     labels = get(opened, "labels", selection.inputs["labels"])
     story = explain_class(opened, selection, labels, class_name, images)
     if picture is not None:
-        if picture.exists():
-            raise UserError(f"{picture} exists already; give another name")
         sheet = picture_of(opened, get(opened, "dataset", selection.inputs["data"]), story)
-        sheet.save(picture, "PNG")
+        try:
+            sheet.save(picture, "PNG")
+        except OSError as error:
+            raise UserError(f"{picture} cannot be written ({error.strerror}); give another place") from error
     if as_json:
         print(json.dumps(asdict(story), indent=1))
         return
     _print_story(story, picture)
+
+
+def _check_target(picture: Path) -> None:
+    """Raise UserError, before anything is read, where a new file of that name cannot be made."""
+    if picture.exists():
+        raise UserError(f"{picture} exists already; give another name")
+    if not picture.parent.is_dir():
+        raise UserError(f"{picture.parent} is no folder; make it first, or give another place with --picture")
 
 
 def _print_biography(found: Biography) -> None:
@@ -93,13 +106,19 @@ def _print_biography(found: Biography) -> None:
         _say(f"in {place['dataset']} ({place['split']}): {place['source']}{label}")
         _say(f"  {place['width']} x {place['height']} px, {place['bytes']:,} bytes, sha256 {place['sha256']}")
         _say(f"  {place['shard']} at {place['offset']}")
+        if place["split"] == "labeled":
+            _say(f"  trained on by: {', '.join(place['models']) or 'no model yet'}")
+    for row in found.rejects:
+        _say(f"rejected by {row['dataset']} ({row['split']}): {row['source']} row {row['row']}: {row['reason']}")
     for leak in found.leaks:
         _say(
             f"left out of {leak['dataset']}: {leak['kind']} copy of {leak['evaluation_key']} (distance {leak['distance']:.3f})"
         )
+    several = len({row["sha256"] for row in found.labels}) > 1
     for row in found.labels:
+        which = f" (the image with sha256 {row['sha256'][:12]} of {row['dataset']})" if several else ""
         _say(
-            f"{row['labels']}: {row['class_name']} with confidence {row['confidence']:.4f}, by {', '.join(row['models'])}"
+            f"{row['labels']}{which}: {row['class_name']} with confidence {row['confidence']:.4f}, by {', '.join(row['models'])}"
         )
     for row in found.selections:
         threshold = f", threshold of its class {row['threshold']:.4f}" if row["threshold"] is not None else ""
@@ -114,6 +133,8 @@ def _print_biography(found: Biography) -> None:
 def _print_diff(found: LabelDiff, a: str, b: str) -> None:
     share = found.flipped / found.images if found.images else 0
     _say(f"{found.images:,} images in both ({found.only_in_a:,} only in {a}, {found.only_in_b:,} only in {b})")
+    if found.changed:
+        _say(f"{found.changed:,} keys name another image in {b}'s data set than in {a}'s: left out of what follows")
     _say(f"flipped: {found.flipped:,} ({share:.2%}); confidence moved by {found.shift:+.4f} on average")
     _say(f"at confidence >= {found.min_confidence:g}: {found.won:,} won, {found.lost:,} lost")
     flips = _table("from", "to", "images", "confidence")

@@ -1,8 +1,6 @@
 """`nst plan`: what a run would do, stage by stage, and why, without doing anything. Imports no torch and no Prefect."""
 
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +9,7 @@ from flows.driver import Run
 from flows.graph import STAGES, Node
 from models.launch import code_state
 from storage.artifacts import SOURCE_ROLE, Manifest, find
+from storage.cache import node_cache
 from storage.errors import UserError
 from storage.runs import NodeRecord, RunRecord, latest_run
 from tasks.selection.config import SelectConfig
@@ -64,14 +63,14 @@ def make_plan(run: Run) -> list[PlanRow]:
 
 
 def _planned_selection(run: Run, node: Node) -> PlannedSelection | None:
-    """Read the predictions, as often as the selection will, and write nothing."""
+    """Read the predictions, as often as the selection will; what memory shall not hold goes to the cache's disk, not into the store."""
     if node.stage != "select":
         return None
     labels = find(run.store, "labels", run.records[node.inputs["labels"]].key)
     if labels is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="nst-plan-") as scratch:
-        predictions = Predictions(run.store, labels, Path(scratch))
+    with node_cache().private_folder() as scratch:
+        predictions = Predictions(run.store, labels, scratch)
         try:
             counts = count_classes(predictions, SelectConfig.model_validate(node.config))
         except UserError as error:

@@ -144,7 +144,7 @@ class Labeler:
         for teacher in self._teachers:
             for view in self.config.views:
                 images = place[teacher.image_size, view.crop_pct or teacher.crop_pct]
-                logits = teacher.logits(images.flip(2) if view.flip else images)
+                logits = _checked(teacher.logits(images.flip(2) if view.flip else images))
                 sums.append(torch.stack([logits.softmax(-1), (logits / temperature).softmax(-1)]))
         return torch.stack(sums).mean(dim=0)[:, : len(crops)]
 
@@ -156,7 +156,7 @@ class Labeler:
             picture, sums = decode_rgb(encoded), []
             for number, teacher in enumerate(self._noised):
                 own = int(digest([self.config.seed, int(seed), number])[:15], 16)
-                sums.append((teacher.logits(picture, own) / self.config.temperature).softmax(-1))
+                sums.append((_checked(teacher.logits(picture, own)) / self.config.temperature).softmax(-1))
             found.append(torch.cat(sums).mean(dim=0))
         return torch.stack(found).cpu().numpy()
 
@@ -209,6 +209,11 @@ def forward_probabilities(
 def _fits(store: Store, shards: Sequence[FileEntry]) -> bool:
     """Whether all shards of a split may be kept on this machine: else each is streamed past."""
     return store.on_disk(shards) or store.fits_local(sum(shard.bytes for shard in shards))
+
+
+def _checked(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [n, classes], with NaN all along a row that is not finite: of -Inf softmax would make an innocent 0."""
+    return logits.masked_fill(~logits.isfinite().all(dim=1, keepdim=True), float("nan"))
 
 
 def _keys(images: IndexedImages, rows: Sequence[int], unique: bool) -> list[str]:

@@ -17,6 +17,7 @@ COST = {
     ("bfloat16", True): (15.0, 0.017),
 }
 GPU_SPEEDUP = 500.0
+SHARED_BY = 4  # processes among which a job is taken to be divided: the choice must not hang on how many there are
 VERSIONED = ("torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "webdataset", "prefect", "duckdb")
 
 
@@ -43,11 +44,23 @@ def chosen_numerics(config: ComputeConfig, dtype: str = "float32", compiled: boo
     }
 
 
+def asked_otherwise(config: ComputeConfig, agreed: dict[str, Any]) -> dict[str, Any]:
+    """Where `config` forbids numerics that were agreed on before: the settings that would allow them, by name.
+
+    What is `auto` allows anything, but for a GPU where this machine has none.
+    """
+    asked = {name: getattr(config, name) for name in ("device", "dtype", "compile", "inference_batch")}
+    if config.device == "auto" and resolve_device(config) == "cpu":
+        asked["device"] = "cpu"
+    then = {"device": agreed["device"], "dtype": agreed["dtype"], "inference_batch": agreed["batch"]}
+    then["compile"] = "always" if agreed["compile"] else "never"
+    return {f"compute.{name}": then[name] for name in asked if asked[name] not in ("auto", 0, then[name])}
+
+
 def labeling_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> list[dict[str, Any]]:
     """The numerics among which the cheapest for a job is taken, given what the hardware and the machine offer."""
-    ways = [("float32", False)]
-    if bfloat16:
-        ways += [("bfloat16", False), ("bfloat16", True)] if compiler else [("bfloat16", False)]
+    dtypes = ("float32", "bfloat16") if bfloat16 else ("float32",)
+    ways = [(dtype, compiled) for dtype in dtypes for compiled in ((False, True) if compiler else (False,))]
     choices = [chosen_numerics(config, dtype, compiled) for dtype, compiled in ways]
     return [choice for number, choice in enumerate(choices) if choice not in choices[:number]]
 
@@ -77,9 +90,12 @@ def training_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> l
 
 
 def labeling_seconds(numerics: dict[str, Any], images: int, macs: int) -> float:
-    """About how long one core takes for images of so many multiply-adds each: to compare numerics, no promise."""
+    """About how long a job of so many images, of so many multiply-adds each, takes: to compare numerics, no promise.
+
+    As if `SHARED_BY` processes did it, each paying for its own set-up.
+    """
     setup, per_gmac = COST[numerics["dtype"], numerics["compile"]]
-    return setup + per_gmac / (GPU_SPEEDUP if numerics["device"] == "cuda" else 1.0) * images * macs / 1e9
+    return setup + per_gmac / (GPU_SPEEDUP if numerics["device"] == "cuda" else 1.0) * images / SHARED_BY * macs / 1e9
 
 
 def part_numerics(chosen: dict[str, Any]) -> dict[str, Any]:

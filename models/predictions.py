@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from storage.artifacts import FileEntry, Manifest
 from storage.objects import Store
-from storage.shards import read_table, read_tables
+from storage.shards import read_rows, read_table, read_tables
 
 PREDICTIONS_FILE = "predictions.parquet"
 PROBABILITIES_FILE = "probabilities.parquet"
@@ -74,8 +74,10 @@ def probabilities_table(probabilities: np.ndarray, top_k: int = 0) -> pa.Table:
 def restore_probabilities(table: pa.Table, num_classes: int) -> np.ndarray:
     """All classes of stored rows, float16 [n, classes], in [0, 1], summing to 1 within fp16's rounding.
 
-    What the top k leave of 1 is spread evenly over the other classes: the least that can be assumed of them. So
-    training and calibration see distributions, never a cut one.
+    The mass that top k storage leaves out is spread evenly over the other classes: the least that can be assumed of them,
+    and none comes above the k-th. So a student's loss, and what is measured of all classes (log loss, Brier score), see
+    distributions, never a cut or a rescaled one: the k likeliest keep their probabilities. What is measured of the first
+    class alone (confidence, expected calibration error) takes `confidence` of the predictions, in which nothing is missing.
     """
     if "probabilities" in table.column_names:
         return _matrix(table["probabilities"], num_classes)
@@ -99,9 +101,7 @@ def read_probabilities(
 
     `entry` is one of `labels.files_under("probabilities/")`; `rows` are places in it, in any order (None: all).
     """
-    table = read_table(store, entry)
-    if rows is not None:
-        table = table.take(pa.array(rows, pa.int64()))
+    table = read_table(store, entry) if rows is None else read_rows(store, entry, np.asarray(rows, np.int64))
     return restore_probabilities(table, len(labels.metrics["class_names"]))
 
 

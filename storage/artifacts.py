@@ -4,7 +4,8 @@ Layout below the store's root:
 
     artifacts/<kind>/<key>/manifest.json        the commit: written last, once, by create-if-absent
     artifacts/<kind>/<key>/<name>-<sha>.<ext>   the artifact's own files, under names that contain their digest
-    artifacts/<kind>/<key>/numerics.json        what was probed once (dtype, layout), followed by every resume and rank
+    artifacts/<kind>/<key>/numerics.json        what was probed once (dtype, layout), followed by every resume and rank;
+                                                replaced only where nothing was made with it
     artifacts/<kind>/<key>/attempts/<id>/...    checkpoints of attempts that have not committed yet
     parts/<stage>/<part key>/<name>-<sha>.<ext> files of a part; a part is shared by every artifact with its content
     parts/<stage>/<part key>/<numerics>.json    the part's create-if-absent marker
@@ -13,7 +14,7 @@ Readers see an artifact whole or not at all. A part's key is a digest of what it
 artifact's), so a data set that grows keeps the parts that did not change.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,14 @@ class Manifest(Config):
                 return entry
         raise StoreError(f"{self.kind} {self.key} has no file {name!r}")
 
+    def files_named(self, names: Iterable[str]) -> list[FileEntry]:
+        """The files of many logical names, in their order: looked up, not searched for. Raises StoreError as `file` does."""
+        by_name = {entry.name: entry for entry in reversed(self.files)}
+        return [by_name.get(name) or self.file(name) for name in names]
+
     def files_under(self, prefix: str) -> tuple[FileEntry, ...]:
-        """The files whose logical names start with `prefix`, in the order of their names."""
-        return tuple(sorted((f for f in self.files if f.name.startswith(prefix)), key=lambda f: f.name))
+        """The files whose logical names start with `prefix`: by folder, and in it by number, `99999` before `100000`."""
+        return tuple(sorted((f for f in self.files if f.name.startswith(prefix)), key=_in_number_order))
 
 
 def artifact_folder(kind: str, key: str) -> str:
@@ -213,12 +219,22 @@ def publish_part(
     return store.read_as(path, Part)
 
 
-def agree_numerics(store: Store, kind: str, key: str, probed: dict[str, Any]) -> dict[str, Any]:
-    """Publish what was probed for an artifact in the making, or take what an earlier attempt published."""
+def agree_numerics(
+    store: Store, kind: str, key: str, probed: dict[str, Any], instead_of: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Publish what was probed for an artifact in the making, or take what an earlier attempt published.
+
+    `instead_of`: what an earlier attempt published, known to have made nothing (it failed, or ran on another machine): it
+    is replaced. Should two attempts replace it at once, each may go on with its own: the parts of both are told apart.
+    """
     path = f"{artifact_folder(kind, key)}/numerics.json"
     if store.create_record(path, probed):
         return probed
-    return store.read_record(path)
+    found = store.read_record(path)
+    if found != instead_of:
+        return found
+    store.replace_record(path, probed)
+    return probed
 
 
 def agreed_numerics(store: Store, kind: str, key: str) -> dict[str, Any] | None:
@@ -253,6 +269,12 @@ def _versioned(path: str, record: dict[str, Any]) -> Manifest:
         return Manifest.model_validate(record)
     except ValidationError as error:
         raise StoreError(f"{path} is no manifest ({error.errors()[0]['msg']}); delete it and run again") from None
+
+
+def _in_number_order(entry: FileEntry) -> tuple[str, int, str]:
+    """Numbers in names have five digits, and more where there are more files: a longer name is a larger number."""
+    folder, _, name = entry.name.rpartition("/")
+    return folder, len(name), name
 
 
 def _marker(stage: str, key: str, numerics: dict[str, Any]) -> str:

@@ -192,7 +192,7 @@ class Store:
         return self.create(path, sealed(record))
 
     def replace_record(self, path: str, record: BaseModel | dict[str, Any]) -> None:
-        """Write a record over the one that is there: for leases only, everything else is written once."""
+        """Write a record over the one that is there: for leases, and numerics that made nothing; all else is written once."""
         self._backend.replace(checked(path), sealed(record))
 
     def put_file(self, source: Path, path: str) -> None:

@@ -221,7 +221,7 @@ def read_index(
     """The index of a split, or of some of its shards: in order, with a column `shard` (dictionary of object paths)."""
     shards = shard_files(manifest, split) if shards is None else shards
     tables = []
-    found = read_tables(store, [manifest.file(index_name(shard)) for shard in shards], columns)
+    found = read_tables(store, manifest.files_named(index_name(shard) for shard in shards), columns)
     for shard, table in zip(shards, found, strict=True):
         paths = pa.array([shard.path]).dictionary_encode()
         column = pa.DictionaryArray.from_arrays(pa.array([0] * table.num_rows, pa.int32()), paths.dictionary)

@@ -8,7 +8,7 @@ import numpy as np
 
 from models.compute import group_shards, num_cores, num_gpus
 from models.configs import LabelConfig
-from models.numerics import chosen_numerics, labeling_choices, labeling_seconds, part_numerics
+from models.numerics import asked_otherwise, chosen_numerics, labeling_choices, labeling_seconds, part_numerics
 from models.predictions import TOP_K_CLASSES
 from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, agreed_numerics, find_parts, made_parts
 from storage.errors import UserError
@@ -17,7 +17,7 @@ from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files
 from tasks.contract import StageContext, StageResult
 
-VERSION = 2
+VERSION = 3  # 3: dtype and compile are chosen for the whole job
 PREDICT = "predict"  # parts of labels and evaluations are the same thing, so they share a name
 CONFIDENCE_BINS = 20
 
@@ -30,10 +30,11 @@ def label(context: StageContext, config: LabelConfig, inputs: dict[str, Manifest
     selection = inputs.get("selection")
     source, split = (selection, "train") if selection else (inputs["data"], "unlabeled")
     models = [inputs[role] for role in model_roles(inputs)]
-    files = Predictions(context, "labels", models, source, config, unique=selection is not None).of([split])[split]
+    predicted = Predictions(context, "labels", models, source, config, unique=selection is not None)
+    files = predicted.of([split])[split]
     predictions = [entry for entry in files if entry.name.startswith("predictions/")]
     metrics = _summary(context.store, predictions, models[0].metrics["class_names"])
-    return StageResult(files, metrics, {"numerics": agreed_numerics(context.store, "labels", context.key)})
+    return StageResult(files, metrics, {"numerics": predicted.numerics})
 
 
 def model_roles(inputs: Iterable[str]) -> list[str]:
@@ -70,13 +71,16 @@ class Predictions:
             _check_config(config, model)
         self._context, self._kind, self._models, self._source = context, kind, models, source
         self._config, self._unique, self._exact = config, unique, exact
+        self.numerics: dict[str, Any] = {}  # once `of` was called: those of the artifact
 
     def of(self, splits: Sequence[str]) -> dict[str, tuple[FileEntry, ...]]:
         """The files by split: of each shard, in their order, its predictions and its probabilities."""
         store = self._context.store
         shards = [(split, shard) for split in splits for shard in shard_files(self._source, split)]
-        keys = {shard.name: self._part_key(shard) for _, shard in shards}
-        numerics = part_numerics(self._agreed([shard for _, shard in shards], list(keys.values())))
+        indices = self._source.files_named(index_name(shard) for _, shard in shards)
+        keys = {shard.name: self._part_key(shard, index) for (_, shard), index in zip(shards, indices, strict=True)}
+        self.numerics = self._agreed([shard for _, shard in shards], list(keys.values()))
+        numerics = part_numerics(self.numerics)
         found = find_parts(store, PREDICT, list(keys.values()), numerics)
         missing = [(split, shard) for split, shard in shards if found[keys[shard.name]] is None]
         if missing:
@@ -112,7 +116,7 @@ class Predictions:
         ]
         context.engine.map("models.inference:label_shards", specs, context.progress_of(sum(sizes)))
 
-    def _part_key(self, shard: FileEntry) -> str:
+    def _part_key(self, shard: FileEntry, index: FileEntry) -> str:
         """(version, models, config, content of the shard and of its index): a growing data set labels only its new shards.
 
         The index counts because it decides which images of the tar are there: leaked ones are left out of it.
@@ -122,17 +126,32 @@ class Predictions:
             "models": [model.key for model in self._models],
             "config": self._config.key_fields(),
             "shard": shard.sha256,
-            "index": self._source.file(index_name(shard)).sha256,
+            "index": index.sha256,
         }
         return digest({**identity, "unique": True} if self._unique else identity)
 
     def _agreed(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
-        """The artifact's numerics: those of an earlier attempt, else the cheapest for what is not there yet."""
+        """The artifact's numerics: those of an earlier attempt, else the cheapest.
+
+        An attempt that made no part, because it failed or was broken off, binds nobody who asks for other numerics.
+        """
         context = self._context
         agreed = agreed_numerics(context.store, self._kind, context.key)
-        return agreed or agree_numerics(context.store, self._kind, context.key, self._cheapest(shards, keys))
+        if agreed is not None:
+            otherwise = asked_otherwise(context.compute, agreed)
+            found = find_parts(context.store, PREDICT, keys, part_numerics(agreed)) if otherwise else {}
+            made = sum(part is not None for part in found.values())
+            if not otherwise or made == len(keys):
+                return agreed
+            if made:
+                raise UserError(_made_otherwise(self._kind, made, len(keys), otherwise))
+        return agree_numerics(context.store, self._kind, context.key, self._cheapest(shards), instead_of=agreed)
 
-    def _cheapest(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
+    def _cheapest(self, shards: Sequence[FileEntry]) -> dict[str, Any]:
+        """The cheapest numerics for all the images, whoever labels them and whatever is there already.
+
+        So one artifact is computed in one way on machines of a kind, however many processes there are.
+        """
         context, compute = self._context, self._context.compute
         if self._exact or "auto" not in (compute.dtype, compute.compile):
             return chosen_numerics(compute)
@@ -140,14 +159,8 @@ class Predictions:
         spec["device"] = chosen_numerics(compute)["device"]
         (survey,) = context.engine.map("models.inference:survey", [spec], lambda progress: None)
         choices = labeling_choices(compute, survey["bfloat16"], survey["compiler"])
-        macs = survey["macs"] * len(self._config.views)
-
-        def seconds(choice: dict[str, Any]) -> float:
-            found = find_parts(context.store, PREDICT, keys, part_numerics(choice))
-            left = sum(shard.rows or 0 for shard, key in zip(shards, keys, strict=True) if found[key] is None)
-            return labeling_seconds(choice, left // context.engine.processes, macs) if left else 0.0
-
-        return min(choices, key=seconds)
+        images, macs = sum(shard.rows or 0 for shard in shards), survey["macs"] * len(self._config.views)
+        return min(choices, key=lambda choice: labeling_seconds(choice, images, macs))
 
 
 def check_classes(model: Manifest, source: Manifest) -> None:
@@ -182,6 +195,16 @@ def _check_config(config: LabelConfig, model: Manifest) -> None:
             f"label.noised=true needs the noise of the teacher's training, and model {model.key[:12]} does not say with "
             "which it was trained; set label.noised=false"
         )
+
+
+def _made_otherwise(kind: str, made: int, total: int, otherwise: dict[str, Any]) -> str:
+    """What is wrong where parts exist that were computed in another way than is asked for now."""
+    stage = {"labels": "label", "evaluation": "evaluate"}[kind]
+    then = ", ".join(f"{name}={value}" for name, value in otherwise.items())
+    return (
+        f"{made} of {total} parts of these predictions were made with {then}, which this run does not allow; finish them "
+        f"with that, or make all anew with --rerun {stage}"
+    )
 
 
 def _named(split: str, parts: Sequence[Part]) -> tuple[FileEntry, ...]:

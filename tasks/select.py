@@ -25,9 +25,9 @@ from tasks.selection.decisions import DECISIONS_FILE, DECISIONS_SCHEMA, decision
 from tasks.selection.layout import Shuffle, draw_copies, shards_of_file
 from tasks.selection.rules import ClassCounts, find_rules
 from tasks.selection.scan import Batch, Predictions
-from tasks.selection.shards import STAGE
+from tasks.selection.shards import PASS_COPIES, STAGE
 
-VERSION = 2
+VERSION = 3  # 3: a sample names all its teachers
 CLASSES_FILE = "classes.parquet"
 
 
@@ -46,7 +46,8 @@ def select(context: StageContext, config: SelectConfig, inputs: dict[str, Manife
     found = find_parts(context.store, STAGE, keys, NO_NUMERICS)
     missing = [n for n in range(num_shards) if found[keys[n]] is None]
     specs = []
-    for group in group_shards([config.shard_images] * len(missing), context.engine.processes, context.compute):
+    most = max(1, PASS_COPIES // config.shard_images)  # a process reads all the input, however few shards it writes
+    for group in group_shards([config.shard_images] * len(missing), context.engine.processes, context.compute, most):
         numbers = [missing[place] for place in group]
         needed = sorted({number // shards_of_file(config.shard_images) for number in numbers})
         specs.append(

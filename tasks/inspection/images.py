@@ -33,7 +33,7 @@ def locate_images(store: Store, data: Manifest, split: str, keys: Sequence[str])
     """
     places: dict[str, Row] = {}
     for some in batched(shards, FILES_AT_ONCE):
-        with store.local_copies([data.file(index_name(shard)) for shard in some]) as copies:
+        with store.local_copies(data.files_named(index_name(shard) for shard in some)) as copies:
             paths = {str(copy): shard.path for copy, shard in zip(copies, some, strict=True)}
             with duckdb.connect() as connection:
                 found = connection.execute(query, {"files": list(paths), "keys": list(keys)}).fetchall()

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from storage.keys import Config
 
@@ -17,7 +17,11 @@ class SelectConfig(Config):
     )
     min_confidence: float = Field(0.3, ge=0, le=1, description="least confidence of a kept image (paper: 0.3)")
     max_confidence: float | None = Field(
-        None, gt=0, le=1, description="kept images are less confident than this (study 3's intervals); null: no bound"
+        None,
+        gt=0,
+        le=1,
+        description="kept images are less confident than this (study 3's intervals); null or 1: no bound, so the highest "
+        "interval has the images of confidence 1 too",
     )
     balance: bool = Field(
         True, description="false: every image that passes the filter, once (table 12): no cap, no copies"
@@ -34,10 +38,15 @@ class SelectConfig(Config):
     on_empty_class: Literal["error", "skip", "best"] = Field(
         "error",
         description="what a class does of which no image passes the filter: end the run, stay empty, or take its most "
-        "confident images below the threshold, up to the cap",
+        "confident images below the threshold, up to the cap (a class of which there is no image at all stays empty)",
     )
     shard_images: int = Field(10_000, ge=1, description="images of an output shard, at most")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of all chance: duplicates, draws, subset, order of the images")
+
+    @field_validator("max_confidence")
+    @classmethod
+    def _one_bounds_nothing(cls, value: float | None) -> float | None:
+        return None if value == 1 else value
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:

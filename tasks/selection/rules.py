@@ -210,10 +210,15 @@ def _filter(class_names: Sequence[str], config: SelectConfig, steps: np.ndarray)
     if len(empty) and (config.on_empty_class == "error" or len(empty) == len(passing)):
         others = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         bound = "" if config.max_confidence is None else f" and < {config.max_confidence:.2f}"
+        remedies = ["Lower select.min_confidence"]
+        if config.on_empty_class == "error":
+            remedies.append("set select.on_empty_class=skip")
+            if config.balance and config.method == "exact":
+                remedies.append("=best for its most confident ones")
         raise UserError(
             f"class {empty[0]} ({class_names[empty[0]]}){others} has 0 images at confidence >= {config.min_confidence:.2f}"
-            f"{bound}, so it cannot be balanced. Lower select.min_confidence or set select.on_empty_class=skip, or =best for "
-            "its most confident ones"
+            f"{bound}, so {'it cannot be balanced' if config.balance else 'nothing is selected of it'}. "
+            + ", or ".join(remedies)
         )
     return least, passing
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from models.predictions import read_probabilities
 from models.worker import Stopped, Worker
-from storage.artifacts import FileEntry, Manifest, find_part, get, publish_part
+from storage.artifacts import FileEntry, Manifest, find_parts, get, publish_part
 from storage.errors import StoreError
 from storage.images import image_extension
 from storage.objects import Store
@@ -26,10 +26,13 @@ from storage.shards import (
     write_tar,
 )
 from tasks.ingest import NO_NUMERICS
+from tasks.label import model_roles
 from tasks.selection.layout import shards_of_file
+from tasks.selection.scatter import Scatter
 
 STAGE = "select"  # of the parts
 GATHER_BYTES = 256 << 20  # of soft labels in memory
+PASS_COPIES = 1 << 23  # for so many one pass over the input is made: 16 GB of soft labels of 1,000 classes
 IMAGE_FACTS = tuple(name for name in INDEX_SCHEMA.names if name != "label")  # the label is the predicted one
 SELECTION_SCHEMA = pa.schema(
     [
@@ -47,32 +50,31 @@ SELECTION_SCHEMA = pa.schema(
 def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """Worker function: write the output shards `spec["parts"]` (number -> part key), each a part.
 
-    `spec`: store, data and labels (keys), shard_images, parts, layout (number of a layout file -> its entry). Several
-    shards are gathered at once, because each has images of almost every input shard. Memory: `GATHER_BYTES` of soft
-    labels, at least one shard's.
+    `spec`: store, data and labels (keys), shard_images, parts, layout (number of a layout file -> its entry). Reads each
+    input shard's index and labels once, so a spec should have many shards, of up to `PASS_COPIES` copies. Memory:
+    `GATHER_BYTES` of soft labels (at least one shard's) and 30 bytes a copy. Local disk: the copies' soft labels and facts.
     """
     store, shard_images = Store(spec["store"]), spec["shard_images"]
-    source = _Source(store, get(store, "dataset", spec["data"]), get(store, "labels", spec["labels"]))
     layout = {int(number): FileEntry.model_validate(entry) for number, entry in spec["layout"].items()}
-    numbers = [int(number) for number in spec["parts"]]
-    at_once = max(1, GATHER_BYTES // (2 * source.num_classes * shard_images))
-    done, total = 0, len(numbers) * shard_images
-    for start in range(0, len(numbers), at_once):
-        group = numbers[start : start + at_once]
-        missing = [n for n in group if find_part(store, STAGE, spec["parts"][str(n)], NO_NUMERICS) is None]
-        records = [layout_rows(store, layout[n // shards_of_file(shard_images)], n, shard_images) for n in missing]
-        done += (len(group) - len(missing)) * shard_images
-        if not missing:
-            continue
-        facts, soft_labels = source.gather(pa.concat_tables(records))
-        first = 0
-        for number, own in zip(missing, records, strict=True):
-            if worker.stop_requested:
-                raise Stopped
-            rows = slice(first, first + len(own))
-            source.write_shard(spec["parts"][str(number)], facts[rows], soft_labels[rows])
-            first, done = rows.stop, done + len(own)
-            worker.progress(done, total)
+    found = find_parts(store, STAGE, list(spec["parts"].values()), NO_NUMERICS)
+    missing = sorted((int(number), key) for number, key in spec["parts"].items() if found[key] is None)
+    total = len(spec["parts"]) * shard_images
+    done = total - len(missing) * shard_images
+    if missing:
+        source = _Source(store, get(store, "dataset", spec["data"]), get(store, "labels", spec["labels"]))
+        records = [layout_rows(store, layout[n // shards_of_file(shard_images)], n, shard_images) for n, _ in missing]
+        at_once = max(1, GATHER_BYTES // (2 * source.num_classes * shard_images))
+        part_keys = iter(key for _, key in missing)
+        with store.staging() as folder:
+            scatter = Scatter(folder, at_once * shard_images, source.num_classes)
+            source.scatter(pa.concat_tables(records), scatter, worker)
+            for facts, soft_labels in scatter.groups():
+                for first in range(0, len(facts), shard_images):
+                    _stop_if_asked(worker)
+                    rows = facts.slice(first, shard_images).to_pylist()
+                    source.write_shard(next(part_keys), rows, soft_labels[first : first + shard_images])
+                    done += len(rows)
+                    worker.progress(done, total)
     worker.progress(total, total, last=True)
     return {}
 
@@ -89,37 +91,35 @@ class _Source:
     def __init__(self, store: Store, data: Manifest, labels: Manifest) -> None:
         self._store, self._data, self._labels = store, data, labels
         self._shards = shard_files(data, "unlabeled")
+        self._indices = data.files_named(index_name(shard) for shard in self._shards)
         self._predictions = labels.files_under("predictions/")
         self._probabilities = labels.files_under("probabilities/")
         self._starts = np.cumsum([0, *(shard.rows or 0 for shard in self._shards)])
         self._reader = ShardReader(store, self._shards)
+        self._teachers = [labels.inputs[role] for role in model_roles(labels.inputs)]
         self.num_classes = len(labels.metrics["class_names"])
 
-    def gather(self, records: pa.Table) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """Of each copy its facts, and its soft label, float16 [copies, classes]. Each file is read once.
+    def scatter(self, records: pa.Table, scatter: Scatter, worker: Worker) -> None:
+        """Hand out the facts and the soft label of each copy, at its place in `records`. Each file is read once.
 
         Raises StoreError where index and labels name different images.
         """
-        images = records["image"].to_numpy()
-        files = np.searchsorted(self._starts, images, side="right") - 1
-        rows = images - self._starts[files]
-        order = np.argsort(files, kind="stable")
-        soft_labels = np.empty((len(files), self.num_classes), np.float16)
-        tables = []
-        for number in np.unique(files).tolist():
-            places = order[slice(*np.searchsorted(files[order], [number, number + 1]))]
-            tables.append(self._facts(number, rows[places]))
-            entry = self._probabilities[number]
-            soft_labels[places] = read_probabilities(self._store, self._labels, entry, rows[places])
-        back = np.empty(len(order), np.int64)
-        back[order] = np.arange(len(order))
-        facts = pa.concat_tables(tables).take(pa.array(back)).append_column("copy", records["copy"])
-        return facts.to_pylist(), soft_labels
+        images, copies = records["image"].to_numpy(), records["copy"].to_numpy()
+        order = np.argsort(images, kind="stable")
+        bounds = np.searchsorted(images, self._starts, sorter=order)
+        for number, entry in enumerate(self._probabilities):
+            places = order[bounds[number] : bounds[number + 1]]
+            if not len(places):
+                continue
+            _stop_if_asked(worker)
+            rows = images[places] - self._starts[number]
+            facts = self._facts(number, rows).append_column("copy", pa.array(copies[places]))
+            scatter.add(places, facts, read_probabilities(self._store, self._labels, entry, rows))
 
     def _facts(self, number: int, rows: np.ndarray) -> pa.Table:
         """Where images of input shard `number` lie, and how they were labeled."""
         shard = self._shards[number]
-        index = read_rows(self._store, self._data.file(index_name(shard)), rows, IMAGE_FACTS)
+        index = read_rows(self._store, self._indices[number], rows, IMAGE_FACTS)
         labeled = read_rows(self._store, self._predictions[number], rows, ("key", "label", "confidence"))
         if index["key"] != labeled["key"]:
             raise StoreError(
@@ -150,7 +150,7 @@ class _Source:
             facts = {
                 "class": row["label"],
                 "confidence": row["confidence"],
-                "labeled_by": self._labels.inputs["model"],
+                "labeled_by": self._teachers,
                 "source_key": row["source_key"],
                 "source": row["source"],
                 "copy": row["copy"],
@@ -161,3 +161,8 @@ class _Source:
             row["soft_sha256"] = hashlib.sha256(label).hexdigest()
             members = {row["extension"]: image, "npy": label, "json": json.dumps(facts, sort_keys=True).encode()}
             yield ShardSample(row["key"], members)
+
+
+def _stop_if_asked(worker: Worker) -> None:
+    if worker.stop_requested:
+        raise Stopped

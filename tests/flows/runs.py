@@ -1,5 +1,6 @@
 """Small real runs for the tests of the flows: 60 labeled digits, a network of 10,000 parameters, one iteration."""
 
+import json
 import os
 import signal
 import subprocess
@@ -34,6 +35,17 @@ TINY = (
     "compute.checkpoint_steps=5",
     "compute.task_images=400",
 )
+
+HEAVY = ("torch", "torchvision", "timm", "prefect", "webdataset")
+COMMANDS = """
+import json, sys
+from flows.cli import main
+
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["nst", *line]
+    main()
+print(json.dumps(list(sys.modules)))
+"""
 
 
 def command(store: Path | str, *arguments: str, prefect: str = "off", overrides: tuple[str, ...] = TINY) -> list[str]:
@@ -71,6 +83,16 @@ def nst(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def nst_in_one_process(lines: list[list[str]], cwd: Path) -> tuple[str, list[str]]:
+    """Commands one after the other in a process: their output, and which heavy libraries were loaded for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(lines)], capture_output=True, text=True, cwd=cwd, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout, [name for name in HEAVY if name in loaded]
 
 
 def kill_when(line: list[str], ready: Callable[[], bool], timeout_s: float = 240) -> None:

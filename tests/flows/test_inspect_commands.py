@@ -84,12 +84,26 @@ def test_diff_of_labels_with_themselves_finds_nothing(store: str) -> None:
     )
 
 
+def test_sample_diff_and_explain_load_no_heavy_library_and_write_nothing(store: str, tmp_path: Path) -> None:
+    key = read_index(Store(store), artifact(store, "digits/unlabeled"), "unlabeled")["key"][0].as_py()
+    lines = [
+        ["sample", key, "--store", store],
+        ["diff", "digits/1/label", "digits/1/label", "--store", store],
+        ["explain", "digits/1/select", "--class", "0", "--store", store],
+    ]
+    before = sorted(path for path in Path(store).rglob("*") if path.is_file())
+    output, heavy = runs.nst_in_one_process(lines, tmp_path)
+    assert heavy == []
+    assert all(words in output for words in ("in digits/unlabeled", "flipped: 0", "class 0"))
+    assert sorted(path for path in Path(store).rglob("*") if path.is_file()) == before
+
+
 @pytest.mark.parametrize("name", ["[/x]", "[unknown]", ":dog:", "owl"])
 def test_names_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Not taken for the terminal's markup."""
     row = {"images": 3, "flipped": 1, "shift": 0.1, "won": 0, "lost": 0}
     flips = [{"from_class": name, "to_class": "cat", "images": 1, "old": 0.1, "new": 0.2}]
-    totals = {"only_in_a": 0, "only_in_b": 0, "min_confidence": 0.3}
+    totals = {"changed": 0, "won_keys": [], "lost_keys": [], "only_in_a": 0, "only_in_b": 0, "min_confidence": 0.3}
     _print_diff(LabelDiff(**row, **totals, flips=flips, per_class=[{"class_name": name, **row}]), name, name)
     counts = {"label": 0, "threshold": 0.3, **dict.fromkeys(COUNTS, 1)}
     _print_story(ClassStory(name, counts, [{"key": name, "confidence": 0.5}], [], []), None)
@@ -113,6 +127,9 @@ def test_explain_counts_a_class_and_draws_it(store: str, tmp_path: Path) -> None
         assert sheet.size[0] > 500
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 20
     assert "exists already" in nst(*line, "--picture", str(picture), code=2)
+    nowhere = nst(*line, "--picture", "/missing/x.png", code=2)
+    assert "/missing is no folder" in nowhere
+    assert "Traceback" not in nowhere
     assert "no such class; there are 10" in nst(
         "explain", "digits/1/select", "--class", "cat", "--store", store, code=2
     )

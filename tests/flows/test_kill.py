@@ -1,4 +1,7 @@
-"""Killed with -9 in the middle of every stage, a run goes on there and ends with the same artifacts."""
+"""Killed with -9 in the middle of every stage, a run goes on there and ends with the same artifacts.
+
+That finished parts are not made again is tested stage by stage (tests/tasks, tests/models): here nothing would show it.
+"""
 
 from pathlib import Path
 
@@ -12,13 +15,9 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_o
     store = tmp_path / "store with spaces"
     line = command(store)
     kill_when(line, lambda: count(store, "parts/ingest", ".json") >= 2)
-    prepared = set(Store(str(store)).paths("parts/ingest"))
     kill_when(line, lambda: count(store, "parts/guard", ".json") >= 1)
     assert count(store, "refs/digits/unlabeled") == 0
     kill_when(line, lambda: count(store, "artifacts/model", ".pt") >= 1)  # teacher
-    assert prepared <= set(Store(str(store)).paths("parts/ingest")), "finished shards were made again"
-    checkpoints = count(store, "artifacts/model", ".pt")
-    assert checkpoints >= 1
     kill_when(line, lambda: count(store, "parts/predict", ".json") >= 1)  # evaluation of the teacher
     assert count(store, "refs/digits/0/evaluate") == 0
     kill_when(

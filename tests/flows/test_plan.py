@@ -1,9 +1,6 @@
 import io
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +14,15 @@ from storage.artifacts import Manifest, commit
 from storage.errors import UserError
 from storage.runs import record_run
 from tasks.selection.rules import DECISIONS
+from tests.flows.runs import nst_in_one_process
 from tests.flows.tiny import Project
 from tests.real_images import pngs, write_images
 from tests.tasks.selection.predicted import Row, publish_predictions
 
-HEAVY = ("torch", "torchvision", "timm", "prefect", "webdataset")
-COMMANDS = """
-import json, sys
-from flows.cli import main
-
-for line in json.loads(sys.argv[1]):
-    sys.argv = ["nst", *line]
-    main()
-print("HEAVY", [name for name in json.loads('HEAVY_NAMES') if name in sys.modules])
-"""
-
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("NST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     return Project(tmp_path)
 
 
@@ -174,6 +162,18 @@ def test_a_selection_is_counted_beforehand_and_nothing_is_written(project: Proje
     assert counts == [["cat", 3, 3, 0, 3], ["dog", 3, 2, 0, 3], ["owl", 0, 0, 0, 0]]
 
 
+def test_counting_a_selection_leaves_the_systems_temporary_folder_alone(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 16 bytes an image, where /tmp may be small or in memory."""
+    run = project.resolve()
+    label(run, "1/label", [("a", 0, 0.9), ("b", 1, 0.8), ("c", 2, 0.8)])
+    monkeypatch.setattr("tempfile.tempdir", "/missing")
+    planned = plan(run)["1/select"].selection
+    assert planned is not None
+    assert [row["kept"] for row in planned.classes] == [1, 1, 1]
+
+
 def test_a_class_that_would_stay_empty_is_named_before_the_run_and_fewer_images_are_duplicated(
     project: Project,
 ) -> None:
@@ -300,11 +300,7 @@ def test_plan_ls_and_results_load_no_heavy_library_and_write_nothing(project: Pr
         ["results", "tiny/1", "--json", *store],
     ]
     before = everything_below(tmp_path)
-    program = COMMANDS.replace("HEAVY_NAMES", json.dumps(HEAVY))
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(lines)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
-    assert "teacher.epochs: 50.0 -> 3.0" in done.stdout
+    output, heavy = nst_in_one_process(lines, tmp_path)
+    assert heavy == []
+    assert "teacher.epochs: 50.0 -> 3.0" in output
     assert everything_below(tmp_path) == before

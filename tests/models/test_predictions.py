@@ -61,6 +61,34 @@ def test_missing_mass_is_spread_evenly_over_the_other_classes() -> None:
     assert restored[0].tolist() == pytest.approx([0.5, 0.26, 0.08, 0.08, 0.08], abs=1e-3)
 
 
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Guo et al., arXiv:1706.04599, equation 3, with 15 bins."""
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [abs(correct[bins == b].sum() - confidence[bins == b].sum(dtype=float)) for b in range(15)]
+    return float(sum(gaps) / len(confidence))
+
+
+def test_calibration_of_the_first_class_is_exact_whatever_is_left_out(tmp_path: Path) -> None:
+    """Confidence is stored apart: no mass is missing there, and nothing is rounded to fp16."""
+    probabilities = distributions(2000, 20)
+    truth = np.random.default_rng(1).integers(0, 20, 2000)
+    table = predictions_table([str(n) for n in range(2000)], probabilities)
+    confidence, correct = table["confidence"].to_numpy(), table["label"].to_numpy() == truth
+    assert np.array_equal(confidence, probabilities.max(axis=1))
+    restored = through_a_file(tmp_path, probabilities, top_k=1)
+    assert not np.array_equal(restored.max(axis=1), confidence), "fp16 would not be exact"
+    exact = expected_calibration_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == truth)
+    assert expected_calibration_error(confidence, correct) == exact > 0.1
+    assert expected_calibration_error(restored.max(axis=1).astype(float), correct) == pytest.approx(exact, abs=2e-3)
+
+
+def test_the_log_loss_of_a_class_that_was_left_out_is_that_of_an_even_share(tmp_path: Path) -> None:
+    """Neither infinite, as of a cut distribution, nor does the first class gain, as in a rescaled one."""
+    restored = through_a_file(tmp_path, np.array([[0.5, 0.26, 0.04, 0.16, 0.04]], np.float32), top_k=2)[0].astype(float)
+    assert -np.log(restored[[2, 3, 4]]) == pytest.approx([-np.log(0.24 / 3)] * 3, abs=5e-3)
+    assert -np.log(restored[0]) == pytest.approx(-np.log(0.5), abs=1e-3)
+
+
 @given(
     classes=st.integers(2, 300), share=st.floats(0, 1), sharpness=st.sampled_from([0.01, 0.3, 5.0]), seed=st.integers(0)
 )

@@ -10,6 +10,7 @@ from storage.artifacts import (
     FileEntry,
     Manifest,
     agree_numerics,
+    agreed_numerics,
     artifact_folder,
     attempts_folder,
     commit,
@@ -23,6 +24,7 @@ from storage.artifacts import (
 )
 from storage.errors import StoreError
 from storage.objects import Store, sealed, unsealed
+from storage.shards import index_name
 from tests.storage.conftest import overwrite
 
 FLOAT, HALF = {"dtype": "float32"}, {"dtype": "bfloat16"}
@@ -241,6 +243,14 @@ def test_the_numerics_that_were_probed_first_stand(store: Store) -> None:
     assert agree_numerics(store, "model", "k2", HALF) == HALF
 
 
+def test_numerics_that_made_nothing_are_replaced_unless_somebody_was_faster(store: Store) -> None:
+    whole = {"dtype": "float64"}
+    assert agree_numerics(store, "model", "k1", FLOAT) == FLOAT
+    assert agree_numerics(store, "model", "k1", HALF, instead_of=FLOAT) == HALF
+    assert agree_numerics(store, "model", "k1", whole, instead_of=FLOAT) == HALF, "another attempt has replaced them"
+    assert agreed_numerics(store, "model", "k1") == HALF
+
+
 def test_a_discarded_attempt_leaves_the_artifact_and_other_attempts(store: Store) -> None:
     entry = publish(store, "k1", "a.bin", b"data")
     for name in ("a1", "a2"):
@@ -249,3 +259,18 @@ def test_a_discarded_attempt_leaves_the_artifact_and_other_attempts(store: Store
     discard_attempt(store, "dataset", "k1", "a1")
     left = [path.removeprefix("artifacts/dataset/k1/") for path in store.paths("artifacts/dataset/k1")]
     assert left == [entry.path.rsplit("/", 1)[1], "attempts/a2/step-5.pt", "manifest.json"]
+
+
+def test_more_than_99_999_files_of_a_split_keep_their_order() -> None:
+    """Labels and data are matched by place, so both must be in the order in which they were made."""
+    numbers = list(range(100_001))
+    names = [
+        f"{kind}/unlabeled/{n:05d}.{ext}" for kind, ext in (("shards", "tar"), ("index", "parquet")) for n in numbers
+    ]
+    entry = FileEntry(name="", path="p", bytes=1, sha256="0" * 64)
+    made = manifest("k1").model_copy(
+        update={"files": tuple(entry.model_copy(update={"name": n}) for n in reversed(names))}
+    )
+    found = [made.files_under(f"{kind}/") for kind in ("shards", "index")]
+    assert list(found[1]) == made.files_named(index_name(shard) for shard in found[0])
+    assert [[int(f.name.split("/")[-1].split(".")[0]) for f in files] for files in found] == [numbers, numbers]

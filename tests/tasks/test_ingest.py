@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.compute import ComputeConfig
 from storage.errors import StoreError
 from storage.objects import Store
-from tasks.ingest import DataConfig, fingerprint, open_source, plan_stretches
+from tasks.contract import StageContext
+from tasks.ingest import DataConfig, fingerprint, ingest, open_source, plan_stretches
 from tasks.source_parts import sample_key
 from tasks.sources import SPLITS, Source, SourceFile, cut_rows
 from tasks.sources.digits import DigitsConfig, DigitsSource
+from tasks.sources.files import FilesSource
+from tests.datasets import HereEngine
 from tests.real_images import png, pngs, write_images, write_splits
 
 
@@ -99,6 +103,27 @@ def test_digits_have_the_same_images_each_time_and_share_none_between_splits() -
     assert digests[0] == digests[1]
     other = DigitsSource(DigitsConfig(labeled_per_class=3, num_val=20, num_test=30, num_out_of_domain=40, seed=1), 1000)
     assert fingerprint(other.files(SPLITS)) != fingerprint(files)
+
+
+def test_after_a_crash_only_the_stretches_that_are_missing_are_read(
+    images: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(images)
+    context = StageContext(store, "k1", HereEngine(), ComputeConfig())
+    stretches = plan_stretches(config, open_source(config).files(["labeled", "unlabeled"]))
+    parts = ingest(context, config, stretches)
+    lost = stretches[1]
+    store.delete(*(path for path in store.paths(f"parts/ingest/{lost.part_key()}") if path.endswith(".json")))
+    read: list[tuple[str, int]] = []
+
+    def reading(source: Source, file: SourceFile, first: int, last: int) -> Any:
+        read.append((file.name, first))
+        return plain(source, file, first, last)
+
+    plain = FilesSource.read
+    monkeypatch.setattr(FilesSource, "read", reading)
+    assert ingest(context, config, stretches) == parts
+    assert read == [(lost.file.name, lost.first)]
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])

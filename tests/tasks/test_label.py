@@ -7,34 +7,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from models import zoo
-from models.classifier import Classifier
-from models.compute import ComputeConfig, LocalEngine
-from models.configs import LabelConfig, ModelConfig, NoiseConfig, TrainConfig, ViewConfig
+from models.classifier import Classifier, NoisedClassifier
+from models.compute import ComputeConfig
+from models.configs import LabelConfig, ViewConfig
 from models.decode import clean_pixels, decode_pixels
 from models.inference import label_shards
 from models.loader import IndexedImages
 from models.numerics import labeling_choices, labeling_seconds
-from models.predictions import read_predictions, read_probabilities
-from storage.artifacts import Manifest, artifact_folder, commit, publish_file
-from storage.errors import UserError
-from storage.keys import digest
-from storage.objects import Store
-from tasks.contract import StageContext, StageResult
-from tasks.label import label
-from tests.models.artifacts import CLASSES, Artifacts, commit_result, make_artifacts
-
-NETWORK = ModelConfig(
-    name="resnet18",
-    args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-    image_size=24,
-    crop_pct=0.875,
-    dropout=0.3,
-    drop_path=0.2,
-)
-TRAINED = TrainConfig(model=NETWORK, epochs=1, labeled_batch=8, noise=NoiseConfig(crop="pad", num_ops=1))
-BATCH = 16
-PLAIN: dict[str, Any] = {"dtype": "float32", "compile": "never", "inference_batch": BATCH}
+from storage.artifacts import Manifest
+from storage.errors import StoreError, UserError
+from tests.models.artifacts import CLASSES, Artifacts, make_artifacts
+from tests.tasks.labeling import PLAIN, Labeled, teacher
 
 
 @pytest.fixture(scope="module")
@@ -42,55 +25,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     return make_artifacts(tmp_path_factory.mktemp("label"))
 
 
-def teacher(store: Store, seed: int) -> Manifest:
-    """A network with random weights, sharpened, as the train stage would have committed it."""
-    torch.manual_seed(seed)
-    model = zoo.build(NETWORK, len(CLASSES), bn_momentum=0.5).train()
-    with torch.no_grad():
-        for _ in range(4):
-            model(torch.randn(16, 3, 24, 24))
-        model.get_classifier().weight.mul_(5)
-    key = digest(["teacher", seed])
-    with store.staging() as folder:
-        zoo.save(model, NETWORK, list(CLASSES), folder)
-        names = (zoo.WEIGHTS_FILE, zoo.CONFIG_FILE)
-        files = tuple(publish_file(store, artifact_folder("model", key), name, folder / name) for name in names)
-    facts: dict[str, Any] = {"stage": "train", "stage_version": 1, "config": TRAINED.key_fields(), "inputs": {}}
-    return commit(store, Manifest(kind="model", key=key, files=files, metrics={"class_names": list(CLASSES)}, **facts))
-
-
 @pytest.fixture(scope="module")
 def teachers(artifacts: Artifacts) -> list[Manifest]:
     return [teacher(artifacts.store, seed) for seed in (1, 2)]
-
-
-class InThisProcess(LocalEngine):
-    """Runs the pieces of work here: these tests are about what is computed, not where."""
-
-    def map(self, function: str, specs: Any, on_progress: Any) -> list[dict[str, Any]]:
-        from models import inference
-        from models.worker import Worker
-
-        return [getattr(inference, function.partition(":")[2])(spec, Worker()) for spec in specs]
-
-
-class Labeled:
-    """What the label stage made: class, confidence, probabilities of the unlabeled images in order."""
-
-    def __init__(self, artifacts: Artifacts, models: list[Manifest], compute: dict[str, Any] = PLAIN, **config: Any):
-        settings = ComputeConfig(processes=1, **compute)
-        own = LabelConfig(**config)
-        key = digest([own.model_dump(mode="json"), [model.key for model in models], compute])
-        context = StageContext(artifacts.store, key, InThisProcess(settings), settings)
-        roles = {f"model.{n}" if n > 1 else "model": model for n, model in enumerate(models, 1)}
-        result = label(context, own, {"data": artifacts.data, **roles})
-        manifest = commit_result(artifacts.store, "labels", key, result, {})
-        table = read_predictions(artifacts.store, manifest)
-        self.label, self.confidence = table["label"].to_numpy(), table["confidence"].to_numpy()
-        parts = manifest.files_under("probabilities/")
-        found = [read_probabilities(artifacts.store, manifest, entry) for entry in parts]
-        self.probabilities = np.concatenate(found).astype(np.float64)
-        self.result: StageResult = result
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +118,14 @@ def test_a_noised_teacher_decides_like_the_clean_one(
     assert not np.allclose(other.probabilities, found.probabilities, atol=1e-2)
 
 
+def test_an_infinite_output_of_a_noised_teacher_is_an_error(
+    artifacts: Artifacts, teachers: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NoisedClassifier, "logits", lambda *_: torch.tensor([[0.0, 1.0, -torch.inf, 0.0]]))
+    with pytest.raises(StoreError, match="not finite"):
+        Labeled(artifacts, teachers[:1], noised=True, seed=2)
+
+
 def test_an_images_noise_does_not_hang_on_its_batch(artifacts: Artifacts, teachers: list[Manifest]) -> None:
     in_small, in_large = (
         Labeled(artifacts, teachers[:1], {**PLAIN, "inference_batch": batch}, noised=True) for batch in (5, 24)
@@ -222,7 +167,7 @@ def test_more_top_classes_than_there_are_is_refused_before_anything_runs(
 
 def test_small_jobs_stay_plain_and_large_ones_are_compiled() -> None:
     choices = labeling_choices(ComputeConfig(device="cpu"), bfloat16=True, compiler=True)
-    assert len(choices) == 3
+    assert len(choices) == 4
 
     def chosen(images: int, macs: int) -> tuple[str, bool]:
         best = min(choices, key=lambda choice: labeling_seconds(choice, images, macs))
@@ -232,25 +177,17 @@ def test_small_jobs_stay_plain_and_large_ones_are_compiled() -> None:
     assert chosen(4_000, digits) == ("float32", False)
     assert chosen(2_500, lite) == ("bfloat16", False)
     assert chosen(50_000, lite) == ("bfloat16", True)
+    choices = labeling_choices(ComputeConfig(device="cpu"), bfloat16=False, compiler=True)
+    assert chosen(2_500, lite) == ("float32", False)
+    assert chosen(50_000, lite) == ("float32", True), "a CPU without bfloat16 compiles too"
 
 
 def test_what_hardware_or_config_do_not_offer_is_not_chosen() -> None:
     cpu = ComputeConfig(device="cpu")
-    assert [c["dtype"] for c in labeling_choices(cpu, bfloat16=False, compiler=True)] == ["float32"]
+    assert {c["dtype"] for c in labeling_choices(cpu, bfloat16=False, compiler=True)} == {"float32"}
     assert not any(c["compile"] for c in labeling_choices(cpu, bfloat16=True, compiler=False))
     asked = ComputeConfig(device="cpu", dtype="bfloat16", compile="never")
     assert len(labeling_choices(asked, bfloat16=False, compiler=True)) == 1
-
-
-def test_parts_of_an_earlier_artifact_are_kept_where_a_job_could_choose_anew(
-    artifacts: Artifacts, teachers: list[Manifest]
-) -> None:
-    """Labeled in bfloat16 by an artifact, the same shards are not done again in float32 by the next that may choose."""
-    first = Labeled(artifacts, teachers[1:], {**PLAIN, "dtype": "bfloat16"}, temperature=1.5)
-    second = Labeled(artifacts, teachers[1:], {"inference_batch": BATCH}, temperature=1.5)
-    if second.result.facts["numerics"]["dtype"] == "float32":
-        pytest.skip("this CPU does not compute in bfloat16, so it was no choice")
-    assert [f.sha256 for f in first.result.files] == [f.sha256 for f in second.result.files]
 
 
 def test_label_shards_does_nothing_for_no_shards(artifacts: Artifacts, teachers: list[Manifest]) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from models.compute import ComputeConfig, LocalEngine
-from models.predictions import predictions_table, probabilities_table
+from models.predictions import predictions_table, probabilities_table, read_probabilities
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file
 from storage.errors import StoreError, UserError
 from storage.objects import Store
@@ -20,7 +21,8 @@ from tasks.contract import StageContext, StageResult
 from tasks.select import select
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
-from tests.datasets import prepare_all
+from tasks.selection.shards import _Source
+from tests.datasets import HereEngine, prepare_all
 from tests.real_images import write_splits
 from tests.tasks.selection.predicted import NAMES, Row, expected_fates
 
@@ -57,7 +59,7 @@ class Labeled:
         self.data = self.commit("dataset", "d1", "prepare", {}, result.files, result.metrics)
         self.rows: dict[str, Row] = {}
         self.labels = self.commit(
-            "labels", "l1", "label", {"model": "m1"}, self.predict(), {"class_names": list(NAMES)}
+            "labels", "l1", "label", {"model.2": "m2", "model": "m1"}, self.predict(), {"class_names": list(NAMES)}
         )
 
     def predict(self) -> tuple[FileEntry, ...]:
@@ -99,9 +101,11 @@ class Labeled:
         )
         return commit(self.store, manifest)
 
-    def select(self, key: str, processes: int = 1, **fields: Any) -> StageResult:
+    def select(self, key: str, processes: int = 1, engine: Any = None, **fields: Any) -> StageResult:
         config = SelectConfig(**{"min_confidence": 0.5, "images_per_class": 9, "shard_images": 8, **fields})
-        return select(self.context(key, processes), config, {"data": self.data, "labels": self.labels})
+        context = self.context(key, processes)
+        context = replace(context, engine=engine) if engine else context
+        return select(context, config, {"data": self.data, "labels": self.labels})
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +189,7 @@ def test_webdataset_reads_image_soft_label_and_facts_of_every_copy(labeled: Labe
         assert facts == {
             "class": label,
             "confidence": float(row.max()),
-            "labeled_by": "m1",
+            "labeled_by": ["m1", "m2"],
             "source_key": key,
             "source": sources[key]["source"],
             "copy": facts["copy"],
@@ -220,27 +224,39 @@ def test_a_selection_made_by_three_processes_has_the_same_bytes(labeled: Labeled
     assert again.metrics == selection.metrics
 
 
-def test_finished_parts_of_a_selection_are_kept(labeled: Labeled, selection: Manifest) -> None:
-    before = {path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("parts")}
-    assert labeled.select("s1").files == selection.files
-    assert {path: labeled.store.local_path(path).stat().st_mtime_ns for path in before} == before
+def test_finished_parts_of_a_selection_are_kept(
+    labeled: Labeled, selection: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No time of a file would tell: the store keeps a file whose bytes it has, also of work that was done again."""
+    monkeypatch.setattr("tasks.select.make_plan", lambda *_: pytest.fail("it was planned again"))
+    monkeypatch.setattr("tasks.selection.shards.write_shards", lambda *_: pytest.fail("shards were written again"))
+    assert labeled.select("s1", engine=HereEngine()).files == selection.files
 
 
-def test_a_crash_before_the_commit_loses_neither_the_plan_nor_a_shard(labeled: Labeled, selection: Manifest) -> None:
-    first, last = shard_files(selection, "train")[0], shard_files(selection, "train")[-1]
-    result = labeled.select("s6")
-    plan = {path: labeled.store.local_path(path).stat().st_mtime_ns for path in labeled.store.paths("parts/select")}
-    marker = next(
-        p
-        for p in labeled.store.paths("parts/select")
-        if p.startswith(Path(result.files[2].path).parent.as_posix()) and p.endswith(".json")
-    )
-    labeled.store.delete(marker)
-    again = labeled.select("s6")
+def test_a_crash_before_the_commit_loses_neither_the_plan_nor_a_shard(
+    labeled: Labeled, selection: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = labeled.select("s6", engine=HereEngine())
+    shards = [file for file in result.files if file.name.startswith("shards/")]
+    lost, kept = Path(shards[1].path).parent, Path(shards[2].path).parent
+    markers = [path for path in labeled.store.paths(lost.as_posix()) if path.endswith(".json")]
+    labeled.store.delete(*markers)
+    written: list[str] = []
+
+    def write(source: Any, part_key: str, *rows: Any) -> None:
+        written.append(part_key)
+        write_shard(source, part_key, *rows)
+
+    write_shard = _Source.write_shard
+    monkeypatch.setattr(_Source, "write_shard", write)
+    monkeypatch.setattr("tasks.select.make_plan", lambda *_: pytest.fail("it was planned again"))
+    again = labeled.select("s6", engine=HereEngine())
     assert again.files == result.files
-    assert [file.sha256 for file in again.files if file.name in (first.name, last.name)] == [first.sha256, last.sha256]
-    changed = [p for p, time in plan.items() if labeled.store.local_path(p).stat().st_mtime_ns != time]
-    assert changed == [marker]
+    assert written == [lost.name] != [kept.name]
+    own = [
+        [file.sha256 for file in files if file.name.startswith("shards/")] for files in (again.files, selection.files)
+    ]
+    assert own[0] == own[1]
 
 
 def test_another_threshold_reads_the_labels_and_changes_none_of_their_files(labeled: Labeled) -> None:
@@ -258,6 +274,23 @@ def test_the_shards_that_are_gathered_at_once_change_no_byte(labeled: Labeled, s
     one_shard = labeled.select("s8", shard_images=27)
     index = read_table(labeled.store, one_shard.files[3])
     assert index["key"].to_pylist() == read_index(labeled.store, selection, "train")["key"].to_pylist()
+
+
+def test_the_labels_of_an_input_shard_are_read_once_however_many_shards_are_written(
+    labeled: Labeled, selection: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the cost grows with the images and not with their square."""
+    read: list[str] = []
+
+    def counting(store: Store, labels: Manifest, entry: FileEntry, rows: Any) -> Any:
+        read.append(entry.name)
+        return read_probabilities(store, labels, entry, rows)
+
+    monkeypatch.setattr("tasks.selection.shards.read_probabilities", counting)
+    monkeypatch.setattr("tasks.selection.shards.GATHER_BYTES", 1)  # each output shard is gathered alone
+    again = labeled.select("s11", engine=HereEngine())
+    assert [file.sha256 for file in again.files] == [file.sha256 for file in selection.files]
+    assert read == [entry.name for entry in labeled.labels.files_under("probabilities/")]
 
 
 def test_labels_of_another_data_set_are_refused_before_anything_is_written(labeled: Labeled, tmp_path: Path) -> None:

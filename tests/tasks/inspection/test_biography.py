@@ -10,6 +10,7 @@ from models.compute import ComputeConfig
 from models.predictions import predictions_table, probabilities_table
 from storage.artifacts import FileEntry, Manifest, artifact_folder, commit, publish_file
 from storage.objects import Store
+from storage.runs import NodeRecord, RunRecord, record_run
 from storage.shards import read_table, write_parquet
 from tasks.contract import StageContext, StageResult
 from tasks.inspection.biography import biography
@@ -46,9 +47,19 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
     return Made(store, data, labels, committed(store, "selection", {"data": data.key, "labels": labels.key}, result))
 
 
-def committed(store: Store, kind: str, inputs: dict[str, str], result: StageResult) -> Manifest:
+def committed(store: Store, kind: str, inputs: dict[str, str], result: StageResult, number: int = 1) -> Manifest:
     facts = {"stage": kind, "stage_version": 1, "config": {}, "metrics": result.metrics}
-    return commit(store, Manifest(kind=kind, key=f"{kind}1", inputs=inputs, files=result.files, **facts))
+    return commit(store, Manifest(kind=kind, key=f"{kind}{number}", inputs=inputs, files=result.files, **facts))
+
+
+def another_data_set(made: Made, folder: Path, name: str = "unlabeled") -> Manifest:
+    """Other images in files of the same names, but for the unlabeled ones if need be; the first of them is broken."""
+    root = write_splits(folder)
+    (root / "unlabeled.parquet").unlink()
+    write_images(root / f"{name}.parquet", [b"no image", *pngs(29, 500)])
+    context = StageContext(made.store, "s2", HereEngine(), ComputeConfig())
+    result = prepare_all(context, root, shard_images=10, max_reject_fraction=0.1, unlabeled=f"{name}.parquet")
+    return committed(made.store, "dataset", {}, result, 2)
 
 
 def predicted(store: Store, data: Manifest) -> tuple[FileEntry, ...]:
@@ -114,3 +125,57 @@ def test_of_an_interval_the_images_nearest_to_it_are_those_below(made: Made) -> 
     narrow = made.selection.model_copy(update={"files": result.files, "metrics": result.metrics})
     story = explain_class(made.store, narrow, made.labels, "a", images=5)
     assert [row["key"][-2:] for row in story.nearest_dropped] == ["04", "03", "02", "01", "10"]
+
+
+def test_labels_and_selections_are_told_of_their_own_data_sets_image(made: Made, tmp_path: Path) -> None:
+    """unlabeled.parquet was replaced by another one: row 10 is another image, which keeps the key of the old one."""
+    other = another_data_set(made, tmp_path / "other")
+    inputs = {"model": "m3", "data": other.key}
+    result = StageResult(predicted(made.store, other), {"class_names": list("abc")})
+    committed(made.store, "labels", inputs, result, 2)
+    found = biography(made.store, "unlabeled-00000010")
+    sha256 = {place["dataset"]: place["sha256"] for place in found.places}
+    assert len(set(sha256.values())) == 2
+    assert {row["labels"]: row["sha256"] for row in found.labels} == {
+        "labels1": sha256["dataset1"],
+        "labels2": sha256["dataset2"],
+    }
+    (chosen,) = found.selections
+    assert (chosen["selection"], chosen["sha256"]) == ("selection1", sha256["dataset1"])
+    assert [row["labels"] for row in biography(made.store, "unlabeled-00000001").labels] == ["labels1", "labels2"]
+
+
+def test_a_rejected_image_is_found_by_its_key_and_by_its_source(made: Made, tmp_path: Path) -> None:
+    other = another_data_set(made, tmp_path / "other", name="crawl")
+    rejects = [row for f in other.files_under("rejects/") for row in read_table(made.store, f).to_pylist()]
+    for key in ("crawl-00000000", rejects[0]["source"]):
+        (reject,) = biography(made.store, key).rejects
+        assert (reject["dataset"], reject["split"], reject["row"]) == ("dataset2", "unlabeled", 0)
+        assert reject["reason"] == rejects[0]["reason"] != ""
+
+
+def test_a_labeled_image_names_the_models_that_trained_on_it(made: Made) -> None:
+    committed(made.store, "model", {"data": made.data.key}, StageResult((), {}))
+    committed(made.store, "model", {"data": "another"}, StageResult((), {}), 2)
+    key = read_table(made.store, made.data.files_under("index/labeled/")[0])["key"][0].as_py()
+    (place,) = biography(made.store, key).places
+    assert (place["split"], place["models"]) == ("labeled", ["model1"])
+
+
+def test_no_more_files_are_opened_than_the_key_can_be_in(made: Made, tmp_path: Path) -> None:
+    """A data set of other files is not looked through, nor labels of other shards."""
+    other = another_data_set(made, tmp_path / "other", name="crawl")
+    for data, name in ((made.data, "unlabeled"), (other, "crawl")):
+        node = NodeRecord(name=name, stage="unlabeled", kind="dataset", key=data.key, version=1, config={}, inputs={})
+        sources = {f"unlabeled: {name}.parquet": "s", "labeled: labeled.parquet": "s"}
+        draft = RunRecord(experiment=name, number=0, recipe="r", config={}, sources=sources, nodes=(node,))
+        record_run(made.store, draft)
+    expected = biography(made.store, "unlabeled-00000010")
+    shared = {file.path for file in made.data.files}  # parts of files that both have
+    others = [file.path for file in (*other.files_under("index/"), *other.files_under("rejects/"))]
+    others = [path for path in others if path not in shared]
+    own = made.labels.files_under("predictions/")
+    made.store.delete(*others, own[0].path, own[2].path)
+    assert biography(made.store, "unlabeled-00000010") == expected
+    assert [place["dataset"] for place in expected.places] == ["unlabeled/unlabeled"]
+    assert len(expected.labels) == len(expected.selections) == 1

@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from models.predictions import predictions_table
-from storage.artifacts import Manifest, artifact_folder, publish_file
+from storage.artifacts import Manifest, artifact_folder, commit, publish_file
 from storage.errors import UserError
 from storage.objects import Store
 from storage.shards import read_tables, write_parquet
@@ -45,6 +46,11 @@ def test_the_difference_is_that_of_a_join_by_hand(tmp_path: Path) -> None:
     assert found.shift == pytest.approx(np.mean([after[k][1] - before[k][1] for k in both]))
     assert found.won == sum(after[k][1] >= 0.6 > before[k][1] for k in both)
     assert found.lost == sum(before[k][1] >= 0.6 > after[k][1] for k in both)
+    assert found.won_keys == found.lost_keys == [], "not asked for"
+    named = diff_labels(store, a, b, 0.6, with_keys=True)
+    assert named.won_keys == [k for k in both if after[k][1] >= 0.6 > before[k][1]]
+    assert named.lost_keys == [k for k in both if before[k][1] >= 0.6 > after[k][1]]
+    assert min(named.won, named.lost) > 5
     flips = {(row["from_class"], row["to_class"]): row["images"] for row in found.flips}
     expected: dict[tuple[str, str], int] = {}
     for k in both:
@@ -57,6 +63,31 @@ def test_the_difference_is_that_of_a_join_by_hand(tmp_path: Path) -> None:
     assert {row["class_name"]: row["images"] for row in found.per_class} == {
         name: sum(before[k][0] == n for k in both) for n, name in enumerate(NAMES)
     }
+
+
+def data_set(store: Store, key: str, images: dict[str, str]) -> Manifest:
+    """A data set of unlabeled images: key -> sha256."""
+    with store.staging() as folder:
+        write_parquet(folder / "i.parquet", pa.table({"key": list(images), "sha256": list(images.values())}))
+        name = "index/unlabeled/00000.parquet"
+        entry = publish_file(store, artifact_folder("dataset", key), name, folder / "i.parquet", len(images))
+    facts = {"stage": "unlabeled", "stage_version": 1, "config": {}, "inputs": {}}
+    return commit(store, Manifest(kind="dataset", key=key, files=(entry,), **facts))
+
+
+def test_a_key_that_names_another_image_now_is_no_flip(tmp_path: Path) -> None:
+    """unlabeled.parquet was replaced: row 17 is another picture, with the key of the old one."""
+    store, keys = Store(str(tmp_path)), [f"unlabeled-{n:08d}" for n in range(60)]
+    data_set(store, "old", {key: f"{key} old" for key in keys})
+    data_set(store, "new", {key: f"{key} {'old' if n < 20 else 'new'}" for n, key in enumerate(keys[:50])})
+    a, b = labels(store, "a", keys, seed=1), labels(store, "b", keys[:50], seed=2)
+    a, b = (m.model_copy(update={"inputs": {"data": data}}) for m, data in ((a, "old"), (b, "new")))
+    found = diff_labels(store, a, b, 0.6, with_keys=True)
+    assert (found.images, found.changed, found.only_in_a, found.only_in_b) == (20, 30, 10, 0)
+    before, after = rows_of(store, a), rows_of(store, b)
+    assert found.flipped == sum(before[k][0] != after[k][0] for k in keys[:20])
+    assert found.flipped == sum(row["images"] for row in found.flips) == sum(row["flipped"] for row in found.per_class)
+    assert {*found.won_keys, *found.lost_keys} <= {*keys[:20]}
 
 
 def test_labels_of_other_classes_and_what_are_no_labels_are_refused(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_neighboring_intervals_share_no_image_and_leave_none_out(tmp_path: Path)
     rows = [(f"k{n:03d}", 0, n / 200) for n in range(201)]
     seen: list[str] = []
     for tenth in range(10):
-        bounds = {"min_confidence": tenth / 10, "max_confidence": (tenth + 1) / 10 if tenth < 9 else None}
+        bounds = {"min_confidence": tenth / 10, "max_confidence": (tenth + 1) / 10}
         found, _ = decided(tmp_path / str(tenth), [rows], SelectConfig(balance=False, on_empty_class="skip", **bounds))
         seen += [key for key, (decision, _) in found.items() if decision == "kept"]
     assert sorted(seen) == [key for key, _, _ in rows]
@@ -210,7 +210,26 @@ def test_a_class_without_an_image_is_an_error_that_names_class_threshold_and_rem
     with pytest.raises(UserError) as error:
         find_rules(predictions, SelectConfig(min_confidence=0.9, max_confidence=0.99))
     assert "class 1 (dog) (and 1 more) has 0 images at confidence >= 0.90 and < 0.99" in str(error.value)
-    assert "Lower select.min_confidence or set select.on_empty_class=skip" in str(error.value)
+    assert "Lower select.min_confidence, or set select.on_empty_class=skip" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "suggested"),
+    [({}, True), ({"balance": False}, False), ({"method": "reference"}, False)],
+    ids=["exact", "unbalanced", "reference"],
+)
+def test_an_empty_class_is_told_of_no_remedy_that_is_refused(tmp_path: Path, fields: dict, suggested: bool) -> None:
+    predictions = predicted(tmp_path, [[("a", 0, 0.95), ("b", 1, 0.5)]])
+    with pytest.raises(UserError, match="on_empty_class=skip") as error:
+        find_rules(predictions, SelectConfig(min_confidence=0.9, **fields))
+    assert ("=best" in str(error.value)) is suggested
+    assert ("cannot be balanced" in str(error.value)) is fields.get("balance", True)
+
+
+def test_a_class_without_any_image_stays_empty_beside_those_that_take_their_best(tmp_path: Path) -> None:
+    predictions = predicted(tmp_path, [[("a", 0, 0.95), ("b", 1, 0.5)]])
+    counts = count_classes(predictions, SelectConfig(min_confidence=0.9, images_per_class=2, on_empty_class="best"))
+    assert counts.copies.tolist() == [2, 2, 0]
 
 
 def test_a_selection_of_nothing_is_an_error_even_where_classes_may_be_empty(tmp_path: Path) -> None:
