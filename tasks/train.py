@@ -6,7 +6,7 @@ from models.compute import ComputeConfig
 from models.configs import TrainConfig
 from models.numerics import resolve_device, training_choices
 from models.trackers import check_installed
-from storage.artifacts import FileEntry, Manifest, agree_numerics, agreed_numerics
+from storage.artifacts import FileEntry, Manifest, agree_numerics, agreed_numerics, attempts_folder
 from storage.cache import node_cache
 from storage.errors import UserError
 from tasks.contract import StageContext, StageResult
@@ -69,12 +69,28 @@ def check_compute(config: TrainConfig, field: str, compute: ComputeConfig) -> No
 
 
 def _numerics(context: StageContext) -> dict[str, Any] | None:
-    """What an earlier attempt or the config settled; None where it is to be measured before the first step."""
-    agreed = agreed_numerics(context.store, "model", context.key)
-    if agreed is not None:
+    """What an earlier attempt or the config settled; None where it is to be measured before the first step.
+
+    An attempt without a checkpoint binds nobody who asks for other numerics. Raises UserError where one with a checkpoint
+    does: the training would go on with other bits than it began.
+    """
+    store, key = context.store, context.key
+    agreed, choices = (
+        agreed_numerics(store, "model", key),
+        training_choices(context.compute, bfloat16=True, compiler=True),
+    )
+    if agreed is None:
+        return agree_numerics(store, "model", key, choices[0]) if len(choices) == 1 else None
+    fields = ("device", "dtype", "layout", "compile")
+    if any(all(choice[field] == agreed[field] for field in fields) for choice in choices):
         return agreed
-    choices = training_choices(context.compute, bfloat16=True, compiler=True)
-    return agree_numerics(context.store, "model", context.key, choices[0]) if len(choices) == 1 else None
+    if any(path.endswith(".pt") for path in store.paths(attempts_folder("model", key))):
+        began = ", ".join(f"{field} {agreed[field]}" for field in fields)
+        raise UserError(
+            f"{context.name or key}: this training began with {began}, which this machine or compute.train_* rules out; "
+            f"go on where that is possible, or start it anew with --rerun {context.name or 'STAGE'}"
+        )
+    return agree_numerics(store, "model", key, choices[0], instead_of=agreed)
 
 
 def _log_folder(context: StageContext) -> str:

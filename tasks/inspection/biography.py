@@ -11,10 +11,10 @@ from storage.errors import UserError
 from storage.objects import Store
 from storage.runs import list_experiments, list_runs
 from storage.shards import index_name, read_table, shard_files
-from tasks.ingest import sample_key
 from tasks.inspection.images import FILES_AT_ONCE, batched
 from tasks.label import model_roles
 from tasks.selection.decisions import DECISIONS_FILE
+from tasks.source_parts import sample_key
 from tasks.sources import SPLITS
 
 Row = dict[str, Any]
