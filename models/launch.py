@@ -20,6 +20,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -31,6 +32,7 @@ GRACE_S = 25.0  # Prefect kills a cancelled flow after 30 s
 CLOSE_S = 1.0
 LAST_LINES = 30
 STOPPED_EXIT_CODE = 143
+SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 
 Record = dict[str, Any]
 Child: TypeAlias = "subprocess.Popen[str] | WarmChild"
@@ -234,6 +236,17 @@ def child_environment(threads: int) -> dict[str, str]:
     if root not in inherited.split(os.pathsep):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, inherited]))
     return environment
+
+
+def make_room_for_sockets() -> None:
+    """Tensors come from loader processes over sockets in the temporary folder. Where that folder's path is too long
+    for a socket they would be lost without a word (multiprocessing's feeder only prints): then take /tmp for them."""
+    if len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER_BYTES:
+        users, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        try:
+            util.get_temp_dir()  # made once, and inherited by the loader processes
+        finally:
+            tempfile.tempdir = users
 
 
 @functools.cache

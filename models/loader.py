@@ -6,10 +6,8 @@ each replica, its share of labeled and unlabeled positions. So a loader may star
 
 import io
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import util
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from models.configs import NoiseConfig, TrainConfig
+from models.launch import make_room_for_sockets
 from models.noise import clean_view, noised_view
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
 from models.predictions import read_predictions, read_probabilities
@@ -30,7 +29,6 @@ from storage.shards import ShardReader, read_index, shard_files
 
 PREFETCH_BATCHES = 4
 BATCH_TIMEOUT_S = 900  # far above what a store that fails and comes back may take; past it a run ends, and is not hung
-SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 NICENESS = 10
 CACHE_BYTES = 512 << 20  # decoded pixels that a process keeps of one split: small data sets are decoded once
 
@@ -247,7 +245,7 @@ def training_loader(
 ) -> Iterator[list[ReplicaBatch]]:
     """Batches of the steps [first_step, last_step) in order, made ahead by `workers` processes (0: in this one)."""
     if workers:
-        _make_room_for_sockets()
+        make_room_for_sockets()
     loader: DataLoader = DataLoader(
         batches,
         batch_size=None,
@@ -263,17 +261,6 @@ def training_loader(
 def _yield_to_training(_number: int) -> None:
     """Where cores are short, the training goes first: it waits when no batch is ready, and then the loaders have them."""
     os.nice(NICENESS)
-
-
-def _make_room_for_sockets() -> None:
-    """Tensors come from loader processes over sockets in the temporary folder. Where that folder's path is too long
-    for a socket they would be lost without a word (multiprocessing's feeder only prints): then take /tmp for them."""
-    if len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER_BYTES:
-        users, tempfile.tempdir = tempfile.tempdir, "/tmp"
-        try:
-            util.get_temp_dir()  # made once, and inherited by the loader processes
-        finally:
-            tempfile.tempdir = users
 
 
 def clean_batch(images: Iterable[Any], size: int, crop_pct: float) -> torch.Tensor:

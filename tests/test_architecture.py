@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,11 @@ def test_what_runs_on_a_device_machine_needs_neither_prefect_nor_webdataset_nor_
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_installation_has_every_package_of_the_tree() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        path.parent.relative_to(ROOT) for layer in (*LAYERS, "deployments") for path in (ROOT / layer).rglob("*.py")
+    }
+    assert sorted(listed) == sorted({*(str(folder).replace("/", ".") for folder in found), "deployments.recipes"})

@@ -42,7 +42,7 @@ def asked(artifacts: Artifacts, name: str, **compute: Any) -> Any:
 
 
 def checkpoint(store: Store, name: str) -> None:
-    store.write_bytes(f"{attempts_folder('model', name)}/a/step-000000001-x.pt", b"x")
+    store.create(f"{attempts_folder('model', name)}/a/step-000000001-x.pt", b"x")
 
 
 def test_what_is_open_is_measured_and_what_is_said_is_not(artifacts: Artifacts) -> None:
