@@ -19,6 +19,7 @@ from models.precision import autocast, computes_in_bfloat16, has_compiler
 from models.predictions import (
     PREDICTIONS_FILE,
     PROBABILITIES_FILE,
+    PROBABILITIES_GROUP_ROWS,
     key_hashes,
     predictions_table,
     probabilities_table,
@@ -29,7 +30,7 @@ from storage.errors import StoreError
 from storage.images import ImageError, decode_rgb
 from storage.keys import digest
 from storage.objects import Store
-from storage.shards import shard_files, write_parquet
+from storage.shards import ROW_GROUP_ROWS, shard_files, write_parquet
 
 READ_AHEAD = 4  # images that are being decoded, a thread, while the device computes
 Tables = tuple[pa.Table, pa.Table]  # predictions and probabilities of the same rows
@@ -236,6 +237,8 @@ def _publish(store: Store, stage: str, part_key: str, numerics: dict[str, Any], 
         files = {}
         for name, parts in zip((PREDICTIONS_FILE, PROBABILITIES_FILE), zip(*tables, strict=True), strict=True):
             table = pa.concat_tables(parts).combine_chunks()
-            write_parquet(folder / name, table)
+            write_parquet(
+                folder / name, table, ROW_GROUP_ROWS if name == PREDICTIONS_FILE else PROBABILITIES_GROUP_ROWS
+            )
             files[name] = (folder / name, len(table))
         publish_part(store, stage, part_key, numerics, files)

@@ -4,11 +4,10 @@ Position p of a stream is row `order.rows(p)` of its index, noised by a generato
 each replica, its share of labeled and unlabeled positions. So a loader may start at any step, in any process.
 """
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,6 @@ from models.configs import NoiseConfig, TrainConfig
 from models.launch import make_room_for_sockets
 from models.noise import clean_view, noised_view
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
-from models.predictions import read_predictions, read_probabilities
 from storage.artifacts import Manifest
 from storage.errors import StoreError
 from storage.images import ImageError, decode_rgb
@@ -127,6 +125,14 @@ class IndexedImages:
             raise StoreError(f"{self.name_of(row)}: {error}") from error
 
 
+class LabelsByRow(Protocol):
+    """Pseudo labels of the unlabeled images (models/pseudo_labels.py)."""
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Probabilities of these rows, float32 [rows, classes]."""
+        ...
+
+
 class TrainingBatches(Dataset):
     """`self[step]` is the list of the batches of `replicas`, in their order."""
 
@@ -135,7 +141,7 @@ class TrainingBatches(Dataset):
         config: TrainConfig,
         labeled: IndexedImages,
         unlabeled: IndexedImages | None,
-        pseudo_labels: "PseudoLabels | None",
+        pseudo_labels: LabelsByRow | None,
         replicas: Sequence[int],
         online: CleanView | None = None,
     ) -> None:
@@ -192,52 +198,6 @@ class TrainingBatches(Dataset):
     def _noised(self, part: IndexedImages, row: int, noise: NoiseConfig, stream: int, position: int) -> np.ndarray:
         rng = sample_rng(self._config.seed, stream, position)
         return noised_view(part.image(row), noise, self._config.model.image_size, rng)
-
-
-class PseudoLabels:
-    """Pseudo labels of a selection by row: those baked into its shards, or a label artifact's, joined by key."""
-
-    def __init__(self, store: Store, selection: Manifest, images: IndexedImages, labels: Manifest | None) -> None:
-        self._images = images
-        self._joined: np.ndarray | None = None
-        if labels is not None:
-            self._joined = _join_labels(store, images, labels)
-            return
-        self._reader = ShardReader(store, images.files, whole=True)
-        self._read: dict[int, np.ndarray] = {}
-        self._offset = images.index["soft_offset"].to_numpy()
-        self._bytes = images.index["soft_bytes"].to_numpy()
-        self._sha256 = images.index["soft_sha256"]
-
-    def rows(self, rows: np.ndarray) -> np.ndarray:
-        """Probabilities of these rows, float32 [rows, classes]."""
-        if self._joined is not None:
-            return self._joined[rows].astype(np.float32)
-        return np.stack([self._baked(int(row)) for row in rows]).astype(np.float32)
-
-    def _baked(self, row: int) -> np.ndarray:
-        if row in self._read:
-            return self._read[row]
-        place = int(self._offset[row]), int(self._bytes[row])
-        data = self._reader.read(self._images.shard_path(row), *place, self._sha256[row].as_py())
-        label = np.load(io.BytesIO(data), allow_pickle=False)
-        if len(self._images) * label.nbytes <= CACHE_BYTES:
-            self._read[row] = label
-        return label
-
-
-def _join_labels(store: Store, images: IndexedImages, labels: Manifest) -> np.ndarray:
-    """Labels of each row by its source key, float16 [rows, classes]. Raises StoreError where a row has none."""
-    keys = read_predictions(store, labels, ["key"])["key"].to_pylist()
-    place = {key: number for number, key in enumerate(keys)}
-    try:
-        rows = [place[key] for key in images.index["source_key"].to_pylist()]
-    except KeyError as error:
-        raise StoreError(
-            f"labels {labels.key} have no label for image {error}; they are of another selection"
-        ) from None
-    parts = [read_probabilities(store, labels, entry) for entry in labels.files_under("probabilities/")]
-    return np.concatenate(parts)[rows]
 
 
 def training_loader(

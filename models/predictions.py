@@ -17,6 +17,7 @@ from storage.shards import read_rows, read_table, read_tables
 
 PREDICTIONS_FILE = "predictions.parquet"
 PROBABILITIES_FILE = "probabilities.parquet"
+PROBABILITIES_GROUP_ROWS = 512  # a student that joins labels by key reads single rows: 1 MB of 1000 classes
 TOP_K_CLASSES = 1 << 15  # classes that an int16 can name
 
 PREDICTIONS_SCHEMA = pa.schema(

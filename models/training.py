@@ -23,10 +23,11 @@ from models.compute import ComputeConfig, loader_processes
 from models.configs import TrainConfig
 from models.inference import forward_probabilities
 from models.initial import load_model_state, load_pretrained
-from models.loader import CleanView, IndexedImages, PseudoLabels, TrainingBatches, clean_batch, training_loader
+from models.loader import CleanView, IndexedImages, TrainingBatches, clean_batch, training_loader
 from models.numerics import training_choices
 from models.precision import computes_in_bfloat16, has_compiler
 from models.pretrained import locate
+from models.pseudo_labels import PseudoLabels
 from models.schedule import total_steps
 from models.step import TrainStep
 from models.trackers import open_trackers

@@ -72,9 +72,9 @@ def write_tar(path: Path, samples: Iterable[ShardSample]) -> list[dict[str, tupl
     return places
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
+def write_parquet(path: Path, table: pa.Table, group_rows: int = ROW_GROUP_ROWS) -> None:
     """Write a table in the project's one Parquet form: pyarrow, zstd, fixed row groups, no machine facts."""
-    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+    pq.write_table(table, path, row_group_size=group_rows, compression="zstd")
 
 
 class TableWriter:
@@ -261,12 +261,13 @@ def read_rows(store: Store, entry: FileEntry, rows: np.ndarray, columns: Sequenc
 
     Only the row groups that hold them are read. Raises StoreError as `read_tables` does.
     """
-    groups, group_of = np.unique(rows // ROW_GROUP_ROWS, return_inverse=True)
     with store.local_copy(entry) as path:
         try:
             with pq.ParquetFile(path) as reader:
+                size = reader.metadata.row_group(0).num_rows if reader.num_row_groups else 1
+                groups, group_of = np.unique(rows // size, return_inverse=True)
                 table = reader.read_row_groups(groups.tolist(), columns=list(columns) if columns else None)
-                return table.take(pa.array(group_of * ROW_GROUP_ROWS + rows % ROW_GROUP_ROWS))
+                return table.take(pa.array(group_of * size + rows % size))
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{entry.path} cannot be read as Parquet ({error})") from error
 

@@ -14,9 +14,10 @@ import torch
 
 from models import loader
 from models.configs import TrainConfig
-from models.loader import IndexedImages, PseudoLabels, ReplicaBatch, TrainingBatches, normalize, training_loader
+from models.loader import IndexedImages, ReplicaBatch, TrainingBatches, normalize, training_loader
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder
 from models.predictions import read_predictions, read_probabilities
+from models.pseudo_labels import PseudoLabels
 from storage.artifacts import Manifest
 from storage.errors import StoreError
 from storage.objects import Store
@@ -161,6 +162,20 @@ def test_pseudo_labels_belong_to_their_images(artifacts: Artifacts, joined: bool
                 assert expected[image.numpy().tobytes()] == label.numpy().tobytes()
                 checked += 1
     assert checked == 64
+
+
+def test_joined_labels_are_the_same_with_room_for_one_row_group_of_one_file(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = label_by_hand(artifacts.store, artifacts.data, seed=1)
+    images = IndexedImages(artifacts.store, artifacts.selection, "train")
+    rows = np.random.default_rng(0).permutation(len(images))
+    roomy = PseudoLabels(artifacts.store, artifacts.selection, images, labels).rows(rows)
+    monkeypatch.setattr("models.pseudo_labels.CACHE_BYTES", 1)
+    monkeypatch.setattr("models.pseudo_labels.OPEN_FILES", 1)
+    tight = PseudoLabels(artifacts.store, artifacts.selection, images, labels)
+    assert np.array_equal(tight.rows(rows), roomy)
+    assert len(tight._source._groups) == len(tight._source._open) == 1  # type: ignore[union-attr]
 
 
 def test_labels_of_another_selection_are_refused(artifacts: Artifacts) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.loader import IndexedImages, PseudoLabels
+from models.loader import IndexedImages
 from models.predictions import (
     key_hashes,
     predictions_table,
@@ -18,6 +18,7 @@ from models.predictions import (
     read_probabilities,
     restore_probabilities,
 )
+from models.pseudo_labels import PseudoLabels
 from storage.shards import read_index, shard_files, write_parquet
 from tests.models.artifacts import CLASSES, Artifacts, label_by_hand
 
