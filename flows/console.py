@@ -27,6 +27,13 @@ from tasks.stage import StageOutcome, StageRequest
 
 PLAIN_INTERVAL_S = 10.0
 EXTREME_CLASSES = 5  # of either kind, shown of a planned selection
+TRAINING_FACTS = {
+    "loss_labeled": "loss {:.3f}",
+    "loss_unlabeled": "unlabeled {:.3f}",
+    "agreement": "agreement {:.0%}",
+    "val_top1": "val {:.1%}",
+    "learning_rate": "rate {:.2g}",
+}
 CLASS_COUNTS = ("available", "kept", "dropped", "duplicated", "copies")
 
 
@@ -66,7 +73,10 @@ class PlainDisplay:
         self._last = now
         rate = (done - self._first_done) / (now - self._started)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-        self._write(f"{self._name}: {done} of {total} {progress['unit']}, {rate:.0f} {progress['unit']}/s{left}")
+        facts = training_facts(progress)
+        self._write(
+            f"{self._name}: {done} of {total} {progress['unit']}, {rate:.0f} {progress['unit']}/s{left}{facts and '; ' + facts}"
+        )
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """One line with what came out."""
@@ -92,6 +102,7 @@ class RichDisplay:
             MofNCompleteColumn(),
             _RateColumn(),
             TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[facts]}"),
         )
         self._progress = Progress(*columns, console=console, transient=True)
         self._task: TaskID | None = None
@@ -99,13 +110,17 @@ class RichDisplay:
     def stage_started(self, name: str) -> None:
         """Show the stage with an empty bar."""
         self._progress.start()
-        self._task = self._progress.add_task(f"{name:<12}", total=None, unit="images")
+        self._task = self._progress.add_task(f"{name:<12}", total=None, unit="images", facts="")
 
     def progress(self, progress: dict[str, Any]) -> None:
         """Move the bar."""
         if self._task is not None:
             self._progress.update(
-                self._task, completed=progress["done"], total=progress["total"], unit=progress["unit"]
+                self._task,
+                completed=progress["done"],
+                total=progress["total"],
+                unit=progress["unit"],
+                facts=training_facts(progress),
             )
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
@@ -116,6 +131,11 @@ class RichDisplay:
         self._progress.stop()
         mark = "[red]failed" if outcome is None else "[dim]reused[/] " if outcome.reused else "[green]done[/]   "
         self._console.print(f"{name:<12} {mark} {describe(outcome) if outcome else ''}", highlight=False, no_wrap=True)
+
+
+def training_facts(progress: dict[str, Any]) -> str:
+    """What a training says of itself, in a few words; empty for other stages."""
+    return ", ".join(text.format(progress[name]) for name, text in TRAINING_FACTS.items() if name in progress)
 
 
 def shown(request: StageRequest, display: Display, work: Callable[[], StageOutcome]) -> StageOutcome:

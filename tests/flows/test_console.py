@@ -1,16 +1,25 @@
-"""What is said of a stage's result."""
+"""What a person reads while a stage works."""
 
 import pytest
 
-from flows.console import describe
-from storage.artifacts import Manifest
-from tasks.stage import StageOutcome
+from flows import console
+from flows.console import PlainDisplay, training_facts
 
 
-@pytest.mark.parametrize(("kept", "said"), [([3, 2], "0 duplicated"), ([3, 0], "0 duplicated, 1 of 2 classes empty")])
-def test_a_selection_says_how_many_classes_stay_empty(kept: list[int], said: str) -> None:
-    metrics = {"kept": sum(kept), "dropped": 1, "duplicated": 0, "per_class": {"kept": kept}}
-    manifest = Manifest(
-        kind="selection", key="k", stage="select", stage_version=1, config={}, inputs={}, files=(), metrics=metrics
-    )
-    assert describe(StageOutcome(manifest, reused=True)).endswith(said)
+def test_a_training_says_loss_agreement_validation_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    clock = iter([0.0, 1.0, 21.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    display = PlainDisplay(lines.append)
+    display.stage_started("1/student")
+    row = {"loss_labeled": 1.25, "loss_unlabeled": 0.5, "agreement": 0.75, "learning_rate": 0.00125}
+    for done in (100, 500):
+        display.progress({"done": done, "total": 1000, "unit": "images", **row})
+    assert lines == [
+        "1/student: 500 of 1000 images, 20 images/s, 25 s left; loss 1.250, unlabeled 0.500, agreement 75%, rate 0.0013"
+    ]
+    assert training_facts({**row, "val_top1": 0.9125}).endswith("val 91.2%, rate 0.0013")
+
+
+def test_other_stages_say_how_far_they_are_and_no_more() -> None:
+    assert training_facts({"done": 1, "total": 2, "unit": "images"}) == ""
