@@ -197,3 +197,44 @@ def _post(url: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
         return json.loads(answer.read())
+
+
+def test_a_teacher_from_outside_teaches_online_a_student_that_starts_from_it_and_is_fine_tuned(
+    finished_copy: Path, tmp_path: Path
+) -> None:
+    """All of what a network may be given besides its data, through real stages; again, nothing is done twice."""
+    nst("export", "digits/1/student", str(tmp_path / "model"), "--store", str(finished_copy))
+    asked = (
+        "order=once",
+        f"teacher.pretrained=local-dir:{tmp_path / 'model'}",
+        "teacher.epochs=0",
+        "student.pseudo_label_source=online",
+        "student.init=model",
+        "student.finetune={epochs: 2, image_size: 32, frozen_layers: 0.5}",
+    )
+    line = command(finished_copy, overrides=(*TINY, *asked))
+    run(line)
+    store = Store(str(finished_copy))
+    record = latest_run(store, "digits")
+    assert record is not None
+    names = [node.name for node in record.nodes]
+    assert "1/label" not in names, "a teacher that works online stores no labels"
+    made = {node.name: get(store, node.kind, node.key) for node in record.nodes}
+    teacher, exported = made["0/teacher"], get(store, "model", resolve_ref(store, "digits/1/student@1").key)
+    assert teacher.file("model.safetensors").sha256 == exported.file("model.safetensors").sha256
+    assert teacher.metrics["num_steps"] == 0
+    student, finetuned = made["1/student"], made["1/finetune"]
+    assert student.inputs["teacher"] == student.inputs["initial"] == teacher.key
+    assert finetuned.inputs["initial"] == student.key
+    assert made["1/evaluate"].inputs["model"] == finetuned.key
+    records = json.loads(nst("results", "digits", "--json", "--store", str(finished_copy)))
+    assert [(r["role"], r["top1"] is not None) for r in records] == [
+        ("teacher", True),
+        ("student", False),
+        ("finetune", True),
+    ]
+    assert run(line).count(": reused") == len(names)
+    (tmp_path / "model/model.safetensors").unlink()
+    child = start(line)
+    assert "has no model.safetensors" in child.communicate(timeout=100)[0]
+    assert child.returncode == 2
