@@ -1,8 +1,9 @@
 """The config of a whole run: a recipe (YAML) with dotted overrides -> a typed, cross-checked `Experiment`.
 
 A recipe may lie upon another file of its kind, `base: FILE` (a path from its own folder): what it says replaces what that
-says, section by section. A recipe's `train` part is common to all networks; `teacher`, `student` and `selector` add to it, and each entry of
-`iterations` adds to `student`. Iterations count from 1, as in refs: `iterations.2.batch_ratio=28` is `NAME/2/student`.
+says, section by section. Its `train` part is common to all networks; `teacher`, `student` and `selector` add to it, and
+each entry of `iterations` adds to `student`. Iterations count from 1, as in refs: `iterations.2.batch_ratio=28` is
+`NAME/2/student`.
 """
 
 import copy
@@ -80,6 +81,12 @@ class Experiment(Config):
             raise ValueError("selector is set, but only order=once uses one; remove it or set order=once")
         if self.selector is not None and self.selector.finetune is not None:
             raise ValueError("selector.finetune: the selecting model is not fine-tuned; remove it")
+        for field, config in (("teacher", self.teacher), ("selector", self.selector)):
+            if config is not None and config.frozen_layers and not config.pretrained:
+                raise ValueError(
+                    f"{field}.frozen_layers={config.frozen_layers} would keep random weights; set {field}.pretrained, or "
+                    "frozen_layers in student or finetune"
+                )
         teacher, place = self.teacher, "teacher"
         for number, student in enumerate(self.iterations, start=1):
             self._check_student(f"iterations.{number}", student, place, teacher)

@@ -80,7 +80,7 @@ def training_choices(config: ComputeConfig, bfloat16: bool, compiler: bool) -> l
         for layout in layouts
         for dtype in dtypes
     ]
-    # where both layouts are open, only eager float32 is tried in the other one: nothing else was ever faster there
+    # where both layouts are open, only eager float32 is tried in the other one: each further candidate costs minutes
     both = len(layouts) > 1
     return [
         c

@@ -18,7 +18,7 @@ from models.step import TrainStep
 Numerics = dict[str, Any]
 MakeStep = Callable[[Numerics], TrainStep]
 WORTH_PROBING_S = 600.0  # of a whole training: below that, a few seconds saved are not worth the asking
-WORTH_COMPILING_S = 1200.0  # compiling forward and backward of EfficientNet-B0 takes one to two minutes on a CPU
+WORTH_COMPILING_S = 1200.0  # compiling forward and backward of a network takes minutes on a CPU
 MOST_SHARE = 0.02  # of the training's time that the timed steps of one candidate may take
 TIMED_STEPS = 4
 

@@ -48,9 +48,8 @@ def train(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
 
     `spec`: store, key, attempt, name, config (TrainConfig), dataset (key), selection, labels, teacher and initial (keys
     or ""), source (fingerprint of pretrained weights or ""), class_names, device, numerics (None: to be measured), compute
-    (ComputeConfig), log_folder. Returns {"files": entries, "metrics":
-    {...}, "facts": {...}} from rank 0. Raises UserError on a loss that is not finite, with the step; Stopped after a
-    checkpoint when asked to stop.
+    (ComputeConfig), log_folder. Returns {"files": entries, "metrics": {...}, "facts": {...}} from rank 0. Raises
+    UserError on a loss that is not finite, with the step; Stopped after a checkpoint when asked to stop.
     """
     torch.set_num_threads(worker.threads)
     if worker.world > 1:

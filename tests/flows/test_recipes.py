@@ -135,3 +135,12 @@ def test_a_base_that_is_missing_or_a_circle_is_refused(tmp_path: Path, base: str
     (tmp_path / "me.yaml").write_text(f"base: {base}\nname: me\ntrain: {{model: {{name: resnet18}}}}")
     with pytest.raises(UserError, match=message):
         load_experiment(str(tmp_path / "me.yaml"))
+
+
+def test_fixed_layers_of_a_teacher_that_starts_at_random_are_refused(tmp_path: Path) -> None:
+    """Also where they stand in the common part together with a warm start, which only students have."""
+    (tmp_path / "me.yaml").write_text(
+        "name: me\ntrain: {model: {name: resnet18}, init: model, frozen_layers: 0.5}\niterations: [{}]"
+    )
+    with pytest.raises(UserError, match=r"teacher.frozen_layers=0.5 would keep random weights; set teacher.pretrained"):
+        load_experiment(str(tmp_path / "me.yaml"))
