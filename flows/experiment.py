@@ -81,10 +81,10 @@ class Experiment(Config):
             raise ValueError("selector is set, but only order=once uses one; remove it or set order=once")
         if self.selector is not None and self.selector.finetune is not None:
             raise ValueError("selector.finetune: the selecting model is not fine-tuned; remove it")
-        for field, config in (("teacher", self.teacher), ("selector", self.selector)):
-            if config is not None and config.frozen_layers and not config.pretrained:
+        for field, alone in (("teacher", self.teacher), ("selector", self.selector)):
+            if alone is not None and alone.frozen_layers and not alone.pretrained:
                 raise ValueError(
-                    f"{field}.frozen_layers={config.frozen_layers} would keep random weights; set {field}.pretrained, or "
+                    f"{field}.frozen_layers={alone.frozen_layers} would keep random weights; set {field}.pretrained, or "
                     "frozen_layers in student or finetune"
                 )
         teacher, place = self.teacher, "teacher"
