@@ -1,6 +1,6 @@
 """Labeling of photographs, tars to Parquet, against what a user would pick instead: timm's own loops on the same device.
 
-python -m benchmarks.labeling [--images 5000] [--repeats 3] [--photos ../shared/data/photos.parquet] [--compile always]
+python -m benchmarks.labeling [--images 20000] [--peer-images 2000] [--repeats 3] [--photos ../shared/data/photos.parquet] [--compile always]
 
 EfficientNet-Lite0 with ImageNet weights at 224 px, on the GPU where there is one, else on all cores. Each repeat runs, one
 after the other: timm's inference loop with its defaults (eager, float32, Pillow in two workers) and with the best of its
@@ -48,7 +48,7 @@ from tests.lite0 import CONFIG, lite0
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos.parquet"
 CLASSES = [f"class {number}" for number in range(1000)]
-SHARD_IMAGES = 1000
+SHARD_IMAGES = 500
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = ("channels-last", "bfloat16", "compile")
 BATCH = {"cpu": 50, "cuda": 256}[DEVICE]
@@ -59,7 +59,7 @@ MOST_BEND = 1.15  # seconds an image of all images over those of half of them, c
 
 
 def write_data_set(store: Store, photos: list[bytes], count: int, name: str) -> Manifest:
-    """A data set whose unlabeled split holds the photographs again and again, in shards of a thousand."""
+    """A data set whose unlabeled split holds the photographs again and again, in shards of 500."""
     files: list[FileEntry] = []
     folder = artifact_folder("dataset", name)
     sizes = [Image.open(io.BytesIO(data)).size for data in photos]
@@ -284,8 +284,8 @@ def main() -> None:
     """Print the figures; exit with an error that names what is not kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=Path, default=PHOTOS)
-    parser.add_argument("--images", type=int, default=5000, help="of each of our runs")
-    parser.add_argument("--peer-images", type=int, default=0, help="of each run of a peer; 0: as many as ours")
+    parser.add_argument("--images", type=int, default=20000, help="of each of our runs")
+    parser.add_argument("--peer-images", type=int, default=2000, help="of each run of a peer, warm")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", choices=["auto", "always", "never"], default="auto")
     parser.add_argument("--batch", type=int, default=0)
@@ -314,7 +314,7 @@ def main() -> None:
         smaller.seconds()
         repeats = Repeats(ours, smaller, peers)
         for _ in range(options.repeats):
-            repeats.run(options.images, options.peer_images or options.images)
+            repeats.run(options.images, options.peer_images)
         print(f"{options.images:,} images on {DEVICE}, medians of {options.repeats}; numerics {ours.numerics}")
         print(f"timm's best flags: {' '.join(flags)}; bfloat16 in this hardware: {computes_in_bfloat16(DEVICE)}")
         kept = {"an aim of speed": repeats.speed_is_kept(), "linear cost": repeats.cost_is_linear(options.images, half)}

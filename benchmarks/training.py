@@ -3,9 +3,9 @@
 python -m benchmarks.training [--model efficientnet_b0] [--size 224] [--batch 50] [--pairs 7] [--seconds 25] [--device cpu]
 
 Before the pairs the program's own probe chooses dtype, layout and compilation once, as it does for a long training, and
-all combinations of timm's flags are tried (bfloat16 where the hardware computes in it). Each pair then runs, one after
-the other, each in a process of its own: timm with its defaults (eager, float32), timm with its best flags, our training
-(loader, noise, steps, weight average), and our step fed with tensors that lie ready. Same network, photographs, batch,
+all combinations of timm's flags are tried (bfloat16 where the hardware computes in it). Then timm with its defaults
+(eager, float32), timm with its best flags, our training (loader, noise, steps, weight average), and our step fed with
+tensors that lie ready are set up, each in a process of its own, and take turns, one after the other. Same network, photographs, batch,
 RMSProp; timm's RandAugment is rand-m9-mstd0.5, which runs each of two operations with probability 0.5, ours always runs
 both. What a process needs to start and to compile is left out and printed. Prints medians, spread and ratios pair by pair. Exits with an error where an aim is missed.
 """
@@ -13,20 +13,27 @@ both. What a process needs to start and to compile is left out and printed. Prin
 import argparse
 import contextlib
 import itertools
+import json
 import statistics
 import sys
 import tempfile
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.compute import num_cores
+from models.launch import run_worker
+
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos.parquet"
 FLAGS = ("cl", "compile", "bf16")  # of timm: --channels-last, --torchcompile, --amp --amp-dtype bfloat16
 AIMS = {"timm's defaults": 1.8, "timm's best flags": 1.0, "the bare step": 0.9}
-WARM_STEPS = 3
+OURS = "ours"
+WARM_STEPS = 10  # of a turn: a loader has eight batches ready when it wakes
 NUM_CLASSES = 200  # of ImageNet's have a photograph
 COPIES = 15  # of each photograph in our data set: more decoded pixels than a loader keeps, so each is decoded anew
 LONG_EPOCHS = 350
@@ -86,7 +93,6 @@ def spec(
     options: argparse.Namespace, folder: Path, dataset: str, numerics: dict[str, Any] | None, ranks: int, replicas: int
 ) -> dict[str, Any]:
     """The spec of a long training, as tasks/train.py makes it."""
-    import uuid
 
     from models.compute import ComputeConfig
     from models.configs import TrainConfig
@@ -114,27 +120,66 @@ def spec(
         "device": options.device,
         "numerics": numerics,
         "compute": ComputeConfig(ranks=ranks, checkpoint_steps=10**9, trackers=()).model_dump(mode="json"),
-        "seconds": options.seconds,
     }
 
 
-def timed_training(job: dict[str, Any], worker: Any) -> dict[str, Any]:
-    """Worker function: train for so many seconds past the first steps. Images a second, and the seconds before."""
+class Turns:
+    """Contenders take turns, each in its process: warm, set up once, and asleep while another one is timed.
+
+    The benchmark's process and theirs meet in a folder: NAME.N.go says that turn N of NAME begins, NAME.N.json what it gave.
+    """
+
+    def __init__(self, folder: str, name: str, warm: int, seconds: float) -> None:
+        """`warm`: steps at the beginning of a turn that are not timed, above all of batches made while it slept."""
+        self._place, self._warm, self._seconds = f"{folder}/{name}", warm, seconds
+        self._started, self._turn, self._steps = time.perf_counter(), -1, 0
+        self._begin, self._images = 0.0, 0
+
+    def after_step(self, images: int) -> bool:
+        """Count a finished step of so many images; False where there is no further turn."""
+        if self._turn < 0:
+            return self._next({"setup_s": time.perf_counter() - self._started})
+        self._steps += 1
+        if self._steps == self._warm:
+            self._begin, self._images = time.perf_counter(), 0
+        elif self._steps > self._warm:
+            self._images += images
+            if (passed := time.perf_counter() - self._begin) > self._seconds:
+                return self._next({"rate": self._images / passed})
+        return True
+
+    def _next(self, found: dict[str, float]) -> bool:
+        said = Path(f"{self._place}.{self._turn}.json")
+        said.with_suffix(".tmp").write_text(json.dumps(found))
+        said.with_suffix(".tmp").rename(said)
+        self._turn, self._steps = self._turn + 1, 0
+        while not (end := Path(f"{self._place}.end")).exists():
+            if Path(f"{self._place}.{self._turn}.go").exists():
+                return True
+            time.sleep(0.02)
+        return not end.exists()
+
+
+def turns_of(job: dict[str, Any]) -> Turns:
+    return Turns(job["turns"], job["contender"], job["warm"], job["seconds"])
+
+
+def our_training(job: dict[str, Any], worker: Any) -> dict[str, Any]:
+    """Worker function: the program's own training, loader and all."""
     from models.training import train
     from models.worker import Stopped
 
-    started = time.perf_counter()
-    times: list[tuple[float, int]] = []
+    turns, seen = turns_of(job), [0]
 
     def progress(done: int, total: int, unit: str = "images", last: bool = False, **facts: Any) -> None:
-        times.append((time.perf_counter(), done))
-        worker.stop_requested = len(times) > WARM_STEPS + 1 and times[-1][0] - times[WARM_STEPS][0] > job["seconds"]
+        if worker.rank == 0:  # which the others wait for
+            worker.stop_requested = not turns.after_step(done - seen[0])
+        seen[0] = done
 
     worker.progress = progress
     with contextlib.suppress(Stopped):
         train(job, worker)
-    (begin, first), (end, last) = times[WARM_STEPS], times[-1]
-    return {"rate": (last - first) / (end - begin), "setup_s": times[0][0] - started}
+    return {}
 
 
 def probed(job: dict[str, Any], worker: Any) -> dict[str, Any]:
@@ -157,20 +202,15 @@ def bare_steps(job: dict[str, Any], worker: Any) -> dict[str, Any]:
     from models.zoo import build
 
     torch.set_num_threads(worker.threads)
-    config, started = TrainConfig.model_validate(job["config"]), time.perf_counter()
+    config, turns, number = TrainConfig.model_validate(job["config"]), turns_of(job), 0
     step = TrainStep(config, build(config.model, NUM_CLASSES), job["numerics"], 3000, job["device"])
     batch = probe.made_up_batch(config, NUM_CLASSES, False, None, config.replicas)
-    step(batch, 0)
-    setup = time.perf_counter() - started
-    for number in range(1, WARM_STEPS):
+    while True:
         step(batch, number)
-    _wait(job["device"])
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < job["seconds"]:
-        step(batch, WARM_STEPS + count)
-        count += 1
-    _wait(job["device"])
-    return {"rate": count * config.labeled_batch / (time.perf_counter() - begin), "setup_s": setup}
+        _wait(job["device"])
+        number += 1
+        if not turns.after_step(config.labeled_batch):
+            return {}
 
 
 def _wait(device: str) -> None:
@@ -195,8 +235,7 @@ def timm_steps(job: dict[str, Any], worker: Any) -> dict[str, Any]:
     from timm.data import create_dataset, create_loader, resolve_data_config
 
     torch.set_num_threads(worker.threads)
-    flags, device = job["flags"], torch.device(job["device"])
-    started = time.perf_counter()
+    flags, device, turns = job["flags"], torch.device(job["device"]), turns_of(job)
     model = timm.create_model(job["model"], num_classes=NUM_CLASSES).to(device).train()
     config = resolve_data_config({"input_size": (3, job["size"], job["size"])}, model=model)
     cuda = job["device"] == "cuda"
@@ -209,8 +248,7 @@ def timm_steps(job: dict[str, Any], worker: Any) -> dict[str, Any]:
     if "cl" in flags:
         model = model.to(memory_format=torch.channels_last)
     forward: Any = torch.compile(model) if "compile" in flags else model
-    times: list[float] = []
-    while not times or len(times) <= WARM_STEPS or times[-1] - times[WARM_STEPS] < job["seconds"]:
+    while True:
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)
             if "cl" in flags:
@@ -221,25 +259,53 @@ def timm_steps(job: dict[str, Any], worker: Any) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
             _wait(job["device"])
-            times.append(time.perf_counter())
-            if len(times) > WARM_STEPS + 1 and times[-1] - times[WARM_STEPS] > job["seconds"]:
-                break
-    steps = len(times) - 1 - WARM_STEPS
-    return {"rate": steps * job["batch"] / (times[-1] - times[WARM_STEPS]), "setup_s": times[0] - started}
+            if not turns.after_step(job["batch"]):
+                return {}
 
 
-def run(function: str, job: dict[str, Any], world: int = 1, threads: int = 0) -> dict[str, Any]:
+def run(function: str, job: dict[str, Any], world: int = 1) -> dict[str, Any]:
     """A worker function of this file in processes of its own."""
-    from models.compute import num_cores
-    from models.launch import run_worker
-
     said: list[str] = []
     name = f"benchmarks.training:{function}"
-    found = run_worker(name, job, world=world, threads=threads or num_cores() // world, on_log=said.append)
+    found = run_worker(name, job, world=world, threads=num_cores() // world, on_log=said.append)
     for line in said:
         if line.startswith("probe:"):
             print(line, flush=True)
     return found
+
+
+class Contender:
+    """A worker function of this file that was set up and waits for its turns."""
+
+    def __init__(self, folder: Path, name: str, function: str, job: dict[str, Any], world: int = 1) -> None:
+        self._place, self._turn = folder / name.replace(" ", "-"), 0
+        self.rates: list[float] = []
+        spec = {**job, "turns": str(folder), "contender": self._place.name, "key": uuid.uuid4().hex}
+        self._pool = ThreadPoolExecutor(1)
+        self._running = self._pool.submit(run, function, spec, world)
+        self.setup_s = self._said(-1)["setup_s"]
+
+    def turn(self) -> float:
+        """Images a second of one more turn."""
+        Path(f"{self._place}.{self._turn}.go").touch()
+        self.rates.append(self._said(self._turn)["rate"])
+        self._turn += 1
+        return self.rates[-1]
+
+    def end(self) -> None:
+        """Stop its processes. Raises what they failed of."""
+        Path(f"{self._place}.end").touch()
+        self._running.result()
+        self._pool.shutdown()
+
+    def _said(self, turn: int) -> dict[str, float]:
+        while not (place := Path(f"{self._place}.{turn}.json")).exists():
+            if self._running.done():
+                self._running.result()
+                sys.exit(f"{self._place.name} ended before its turn")
+            time.sleep(0.05)
+        found: dict[str, float] = json.loads(place.read_text())
+        return found
 
 
 def main() -> None:
@@ -261,73 +327,69 @@ def main() -> None:
         dataset = prepare(folder)
         numerics = run("probed", spec(options, folder, dataset, None, 1, 1))["numerics"]
         print(f"our numerics: {numerics}", flush=True)
-        peer = {
-            "model": options.model,
-            "size": options.size,
-            "batch": options.batch,
-            "folder": str(folder / "timm"),
-            "device": options.device,
-        }
-        flags_here = FLAGS if run("bfloat16", {"device": options.device})["computes"] else FLAGS[:2]
-        tried = {
-            flags: run("timm_steps", {**peer, "flags": flags, "seconds": options.seconds / 2})["rate"]
-            for count in range(len(flags_here) + 1)
-            for flags in itertools.combinations(flags_here, count)
-        }
-        best = max(tried, key=lambda flags: tried[flags])
-        print("timm's flags:", {" ".join(f) or "defaults": round(r, 1) for f, r in tried.items()}, flush=True)
-        job = spec(options, folder, dataset, numerics, 1, 1)
-        contenders: dict[str, Any] = {
-            "timm's defaults": lambda: run("timm_steps", {**peer, "flags": (), "seconds": options.seconds}),
-            "timm's best flags": lambda: run("timm_steps", {**peer, "flags": best, "seconds": options.seconds}),
-            "the bare step": lambda: run("bare_steps", job),
-            "ours": lambda: run("timed_training", {**job, "key": f"{time.time_ns():032x}"}),
-        }
-        if options.ranks:
-            two = spec(options, folder, dataset, numerics, 1, 2)
-            contenders["two replicas, one process"] = lambda: run(
-                "timed_training", {**two, "key": f"{time.time_ns():032x}"}
-            )
-            ranks = spec(options, folder, dataset, numerics, 2, 2)
-            contenders["two replicas, two processes"] = lambda: run(
-                "timed_training", {**ranks, "key": f"{time.time_ns():032x}"}, world=2
-            )
-        rates: dict[str, list[float]] = {name: [] for name in contenders}
-        setups: dict[str, list[float]] = {name: [] for name in contenders}
+        contenders = _contenders(options, folder, dataset, numerics)
         for number in range(options.pairs):
-            for name, contender in contenders.items():
-                found = contender()
-                rates[name].append(found["rate"])
-                setups[name].append(found["setup_s"])
-            print(f"pair {number + 1}:", {name: round(values[-1], 1) for name, values in rates.items()}, flush=True)
-        _report(options, best, rates, setups)
+            found = {name: round(contender.turn(), 1) for name, contender in contenders.items()}
+            print(f"pair {number + 1}:", found, flush=True)
+        for contender in contenders.values():
+            contender.end()
+        _report(options, contenders)
 
 
-def _report(
-    options: argparse.Namespace, best: tuple[str, ...], rates: dict[str, list[float]], setups: dict[str, list[float]]
-) -> None:
-    print(
-        f"{options.model} at {options.size} px, batch {options.batch}, medians of {options.pairs}; timm's best flags: {best}"
-    )
-    for name, values in rates.items():
-        spread = f"{min(values):.1f}-{max(values):.1f}"
-        print(
-            f"{name}: {statistics.median(values):.1f} images/s ({spread}); first step after {statistics.median(setups[name]):.0f} s"
-        )
-    missed = []
-    aims = {**AIMS}
-    for name, aim in aims.items():
-        missed += _against("ours", name, aim, rates)
+def _contenders(
+    options: argparse.Namespace, folder: Path, dataset: str, numerics: dict[str, Any]
+) -> dict[str, Contender]:
+    """All of them, set up and waiting; timm with those of its flags that were fastest in a turn of half the length."""
+    timing = {"warm": WARM_STEPS, "seconds": options.seconds, "device": options.device}
+    peer = {
+        **timing,
+        "model": options.model,
+        "size": options.size,
+        "batch": options.batch,
+        "folder": str(folder / "timm"),
+    }
+    flags_here = FLAGS if run("bfloat16", {"device": options.device})["computes"] else FLAGS[:2]
+    tried: dict[tuple[str, ...], float] = {}
+    for count in range(len(flags_here) + 1):
+        for flags in itertools.combinations(flags_here, count):
+            job = {**peer, "flags": flags, "warm": 3, "seconds": options.seconds / 2}
+            trial = Contender(folder, " ".join(("trial", *flags)), "timm_steps", job)
+            tried[flags] = trial.turn()
+            trial.end()
+    best = max(tried, key=lambda flags: tried[flags])
+    print("timm's flags:", {" ".join(f) or "defaults": round(r, 1) for f, r in tried.items()}, flush=True)
+    job = {**spec(options, folder, dataset, numerics, 1, 1), **timing}
+    jobs: dict[str, tuple[Any, ...]] = {
+        "timm's defaults": ("timm_steps", {**peer, "flags": ()}),
+        "timm's best flags": ("timm_steps", {**peer, "flags": best}),
+        "the bare step": ("bare_steps", job),
+        OURS: ("our_training", job),
+    }
     if options.ranks:
-        missed += _against("two replicas, two processes", "two replicas, one process", 0.9, rates)
+        for name, ranks in (("two replicas, one process", 1), ("two replicas, two processes", 2)):
+            job = {**spec(options, folder, dataset, numerics, ranks, 2), **timing}
+            jobs[name] = ("our_training", job, ranks)
+    return {name: Contender(folder, name, *job) for name, job in jobs.items()}
+
+
+def _report(options: argparse.Namespace, contenders: dict[str, Contender]) -> None:
+    print(f"{options.model} at {options.size} px, batch {options.batch}, medians of {options.pairs}")
+    for name, contender in contenders.items():
+        rates = contender.rates
+        spread = f"{min(rates):.1f}-{max(rates):.1f}"
+        setup = f"first step after {contender.setup_s:.0f} s"
+        print(f"{name}: {statistics.median(rates):.1f} images/s ({spread}); {setup}")
+    missed = [name for name, aim in AIMS.items() if not _reached(contenders, OURS, name, aim)]
+    if options.ranks and not _reached(contenders, "two replicas, two processes", "two replicas, one process", 0.9):
+        missed.append("one process")
     sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
 
 
-def _against(ours: str, other: str, aim: float, rates: dict[str, list[float]]) -> list[str]:
-    ratios = [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
+def _reached(contenders: dict[str, Contender], ours: str, other: str, aim: float) -> bool:
+    ratios = [a / b for a, b in zip(contenders[ours].rates, contenders[other].rates, strict=True)]
     median = statistics.median(ratios)
     print(f"{ours} against {other}: {median:.2f} ({min(ratios):.2f}-{max(ratios):.2f}), aim {aim}")
-    return [other] if median < aim else []
+    return median >= aim
 
 
 if __name__ == "__main__":

@@ -44,7 +44,11 @@ class ComputeConfig(Config):
     inference_batch: int = Field(
         0, ge=0, description="images of an inference batch, the last one is padded to it; 0: 16, on a GPU 256"
     )
-    task_images: int = Field(2000, ge=1, description="images that are worth a process of their own, at least")
+    task_images: int = Field(
+        2000,
+        ge=1,
+        description="images that are worth a process of their own, at least; a quarter of them where they are labeled",
+    )
     shards_per_task: int = Field(16, ge=1, description="shards that one process takes at once, at most")
     train_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -126,15 +130,17 @@ class LocalEngine:
         return self._config.processes or num_cores()
 
 
-def group_shards(images: Sequence[int], processes: int, config: ComputeConfig, most: int | None = None) -> list[range]:
+def group_shards(
+    images: Sequence[int], processes: int, config: ComputeConfig, most: int | None = None, worth: int | None = None
+) -> list[range]:
     """Cut a list of shards (their image counts) into consecutive groups, each one spec of `map`.
 
-    As many groups as there are processes, but none for fewer than `task_images` images, because a process takes seconds
-    to start, and none with more than `most` shards (None: `shards_per_task`).
+    As many groups as there are processes, but none for fewer than `worth` images (None: `task_images`), because a process
+    takes a moment to start, and none with more than `most` shards (None: `shards_per_task`).
     """
     if not images:
         return []
-    wanted = max(1, min(processes, sum(images) // config.task_images))
+    wanted = max(1, min(processes, sum(images) // (worth or config.task_images)))
     size = min(config.shards_per_task if most is None else most, -(-len(images) // wanted))
     return [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
 

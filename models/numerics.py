@@ -9,12 +9,13 @@ from models.compute import ComputeConfig
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
 # (seconds to set up, seconds for 10^9 multiply-adds on one core while the other one works too): EfficientNet-Lite0
-# (0.4 x 10^9) at 224 px, batch 16, on an AMD EPYC with avx512_bf16; compiling takes about 10 s there, in every process
+# (0.4 x 10^9) at 224 px, batch 16, between what an AMD EPYC with avx512_bf16 and an Intel Xeon with AMX took (eager bfloat16:
+# 0.027 and 0.038, compiled: 0.017 and 0.014); compiling takes 8 to 12 s there, in every process
 COST = {
-    ("float32", False): (0.0, 0.060),
-    ("float32", True): (15.0, 0.048),
-    ("bfloat16", False): (3.0, 0.027),
-    ("bfloat16", True): (15.0, 0.017),
+    ("float32", False): (0.0, 0.070),
+    ("float32", True): (12.0, 0.055),
+    ("bfloat16", False): (2.0, 0.032),
+    ("bfloat16", True): (12.0, 0.015),
 }
 GPU_SPEEDUP = 500.0
 SHARED_BY = 4  # processes among which a job is taken to be divided: the choice must not hang on how many there are

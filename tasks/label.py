@@ -17,6 +17,7 @@ from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files
 from tasks.contract import StageContext, StageResult
 
+LABELED_IS_WORTH = 4  # images that are only read or copied: it takes a core longer than they do
 VERSION = 3  # 3: dtype and compile are chosen for the whole job
 PREDICT = "predict"  # parts of labels and evaluations are the same thing, so they share a name
 CONFIDENCE_BINS = 20
@@ -98,7 +99,7 @@ class Predictions:
             processes = compute.processes or max(1, gpus)
         # a process that compiles, or holds a GPU, is paid once: all its shards are one task, committed one by one
         most = len(missing) if on_gpu or numerics["compile"] else None
-        groups = group_shards(sizes, processes, compute, most)
+        groups = group_shards(sizes, processes, compute, most, worth=max(1, compute.task_images // LABELED_IS_WORTH))
         specs = [
             {
                 "store": context.store.url,
