@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 
 from models.compute import num_cores
 from models.launch import run_worker
+from models.memory import HUGE_PAGES, TUNABLES, keep_freed_memory
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos.parquet"
 FLAGS = ("cl", "compile", "bf16")  # of timm: --channels-last, --torchcompile, --amp --amp-dtype bfloat16
@@ -204,6 +206,7 @@ def bare_steps(job: dict[str, Any], worker: Any) -> dict[str, Any]:
     from models.zoo import build
 
     torch.set_num_threads(worker.threads)
+    keep_freed_memory()
     config, turns, number = TrainConfig.model_validate(job["config"]), turns_of(job), 0
     step = TrainStep(config, build(config.model, NUM_CLASSES), job["numerics"], 3000, job["device"])
     batch = probe.made_up_batch(config, NUM_CLASSES, False, None, config.replicas)
@@ -282,6 +285,7 @@ class Contender:
     def __init__(self, folder: Path, name: str, function: str, job: dict[str, Any], world: int = 1) -> None:
         self._place, self._turn = folder / name.replace(" ", "-"), 0
         self.rates: list[float] = []
+        os.environ[TUNABLES] = f"{HUGE_PAGES}={int(function != 'timm_steps')}"  # its users have them by chance only
         spec = {**job, "turns": str(folder), "contender": self._place.name, "key": uuid.uuid4().hex}
         self._pool = ThreadPoolExecutor(1)
         self._running = self._pool.submit(run, function, spec, world)

@@ -1,8 +1,5 @@
 """A trained network as labeling uses it: uint8 pixels in, logits out; in float32 or bfloat16, eager or compiled."""
 
-import contextlib
-import ctypes
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,9 +18,6 @@ from models.zoo import build, load_folder, materialize
 from storage.artifacts import Manifest
 from storage.errors import UserError
 from storage.objects import Store
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT_BYTES = 1 << 30
 
 
 class Classifier:
@@ -121,16 +115,3 @@ def load_model(store: Store, manifest: Manifest) -> nn.Module:
     with tempfile.TemporaryDirectory(prefix="nst-model-") as folder:
         materialize(store, manifest, Path(folder))
         return load_folder(Path(folder))
-
-
-def keep_freed_memory() -> None:
-    """Have this process's malloc keep what is freed, up to 1 GB (glibc; elsewhere nothing happens).
-
-    By default each large activation is mapped and unmapped anew, and its pages are zeroed and faulted in each time:
-    EfficientNet-Lite0 in bfloat16 at batch 16 runs 1.5 times as fast without that. What a batch needs stays the bound.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-            libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

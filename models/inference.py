@@ -11,10 +11,11 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from models.classifier import Classifier, NoisedClassifier, keep_freed_memory, load_model
+from models.classifier import Classifier, NoisedClassifier, load_model
 from models.configs import LabelConfig
 from models.decode import clean_pixels, decode_pixels
 from models.loader import IndexedImages, normalize
+from models.memory import keep_freed_memory
 from models.precision import autocast, computes_in_bfloat16, has_compiler
 from models.predictions import (
     PREDICTIONS_FILE,

@@ -24,6 +24,7 @@ from multiprocessing import util
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from models.memory import ask_for_huge_pages
 from storage.backend import ANSWERED
 from storage.errors import UserError
 
@@ -231,6 +232,7 @@ def child_environment(threads: int) -> dict[str, str]:
     )
     environment[ANSWERED] = "1"  # a child waits longer for a store that is away: its parent has spoken to it
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ask_for_huge_pages(environment)
     root = str(Path(__file__).resolve().parent.parent)
     inherited = environment.get("PYTHONPATH", "")
     if root not in inherited.split(os.pathsep):

@@ -24,6 +24,7 @@ from models.configs import TrainConfig
 from models.inference import forward_probabilities
 from models.initial import load_model_state, load_pretrained
 from models.loader import CleanView, IndexedImages, TrainingBatches, clean_batch, training_loader
+from models.memory import keep_freed_memory
 from models.numerics import training_choices
 from models.precision import computes_in_bfloat16, has_compiler
 from models.pretrained import locate
@@ -52,6 +53,7 @@ def train(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     UserError on a loss that is not finite, with the step; Stopped after a checkpoint when asked to stop.
     """
     torch.set_num_threads(worker.threads)
+    keep_freed_memory()
     if worker.world > 1:
         dist.init_process_group("nccl" if spec["device"] == "cuda" else "gloo", timeout=RANKS_WAIT)
     try:

@@ -1,0 +1,35 @@
+"""How a process's malloc treats large tensors on a CPU: keeps what is freed, and asks for huge pages. Without torch.
+
+By default each large activation is mapped and unmapped anew, and its pages are zeroed and faulted in each time, 4 KB by
+4 KB: a tenth to a third of a training's time. EfficientNet-B0 at 224 px, batch 50, compiled float32, two threads: 14.8 to
+18.2 images a second by default, 19.9 and 21.5 with freed memory kept, 22.9 and 23.5 with huge pages too. Labeling with
+EfficientNet-Lite0 in eager bfloat16, batch 16: 1.5 times as fast with freed memory kept; huge pages add nothing.
+"""
+
+import contextlib
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+KEPT_BYTES = 1 << 30
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb"
+
+
+def keep_freed_memory() -> None:
+    """Have this process's malloc keep what is freed, up to 1 GB a block (glibc; elsewhere nothing happens).
+
+    What a batch needs stays the bound.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+            libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def ask_for_huge_pages(environment: dict[str, str]) -> None:
+    """Set what a child's malloc reads at its start, unless the user has said something about it (glibc 2.35 and newer)."""
+    said = environment.get(TUNABLES, "")
+    if HUGE_PAGES not in said:
+        environment[TUNABLES] = ":".join(filter(None, [said, f"{HUGE_PAGES}=1"]))
