@@ -7,7 +7,8 @@ Import this module, and timm builds and reloads them like its own: `timm.create_
 from typing import Any
 
 import timm
-from timm.models import EfficientNet, ResNetV2, register_model
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models import EfficientNet, ResNetV2, build_model_with_cfg, register_model
 from torch import nn
 
 STRIDE_ONE_STAGES = (1, 2)
@@ -29,21 +30,31 @@ def efficientnet_b0_svhn(pretrained: bool = False, **kwargs: Any) -> EfficientNe
     return made
 
 
+class SmallImageResNet(ResNetV2):
+    """timm's pre-activation ResNet for images of 32 px: the stem is one 3 x 3 convolution of stride 1, without pooling."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        conv: Any = self.stem.conv
+        stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm starts the others
+        self.stem = nn.Sequential()
+        self.stem.add_module("conv", stem)
+        for place, info in enumerate(self.feature_info):
+            info["reduction"] = 2 ** max(0, place - 1)
+
+
 @register_model
-def wide_resnet28_2(pretrained: bool = False, **kwargs: Any) -> ResNetV2:
+def wide_resnet28_2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """WRN-28-2 for 32 x 32 pixels: pre-activation, three stages of four basic blocks, 32/64/128 channels, 1.5 M weights.
 
     The network that self-training on CIFAR-10 and SVHN is usually compared with. `layers` (blocks a stage), `channels` and
     `stem_chs` make smaller and larger ones. No pretrained weights, as above.
     """
-    settings = {"layers": [4, 4, 4], "channels": [32, 64, 128], "stem_chs": 16, **kwargs}
-    model: Any = timm.create_model("resnetv2_18", pretrained=pretrained, **settings)
-    conv = model.stem.conv
-    stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm starts the others
-    model.stem = nn.Sequential()
-    model.stem.add_module("conv", stem)
-    for info, reduction in zip(model.feature_info, (1, 1, 2, 4, 8), strict=False):
-        info["reduction"] = reduction
-    made: ResNetV2 = model
+    blocks = {"basic": True, "bottle_ratio": 1.0, "conv_layer": create_conv2d, "norm_layer": BatchNormAct2d}
+    settings: dict[str, Any] = {"layers": [4, 4, 4], "channels": [32, 64, 128], "stem_chs": 16, **blocks, **kwargs}
+    features = {"flatten_sequential": True, "out_indices": tuple(range(1 + len(settings["layers"])))}
+    made: SmallImageResNet = build_model_with_cfg(
+        SmallImageResNet, "resnetv2_18", pretrained, feature_cfg=features, **settings
+    )
     return made

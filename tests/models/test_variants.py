@@ -29,7 +29,8 @@ def test_the_wide_resnet_has_the_published_size_and_ends_in_a_map_of_8_x_8() -> 
     """1.5 million weights is what the comparisons on CIFAR-10 state for WRN-28-2; of the three stages two halve."""
     model = timm.create_model(WIDE.name, num_classes=10).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_467_610
-    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape[1:] == (128, 8, 8)
+    maps = timm.create_model(WIDE.name, features_only=True)(torch.zeros(1, 3, 32, 32))
+    assert [tuple(found.shape[1:]) for found in maps] == [(16, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8)]
     assert [info["reduction"] for info in model.feature_info] == [1, 1, 2, 4]
 
 
