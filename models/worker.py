@@ -35,6 +35,7 @@ class Worker:
         self.world = world
         self.threads = threads
         self.stop_requested = False
+        self.place = ""  # what an error that is raised now is about: a shard, a step
         self._last_progress = 0.0
 
     def progress(self, done: int, total: int, unit: str = "images", last: bool = False, **facts: Any) -> None:
@@ -43,6 +44,11 @@ class Worker:
         if self.rank == 0 and (last or now - self._last_progress >= PROGRESS_INTERVAL_S):
             self._last_progress = now
             self.emit({"progress": {"done": done, "total": total, "unit": unit, **facts}})
+
+    def at(self, place: str) -> None:
+        """Say what the work is about from now on, so that any failure names it, a sudden death of this process too."""
+        self.place = place
+        self.emit({"at": place})
 
     def emit(self, record: dict[str, Any]) -> None:
         """Write one structured record to the parent, in one write so that ranks' lines do not mix."""
@@ -75,6 +81,7 @@ def main() -> int:
                     "rank": worker.rank,
                     "time": time.time(),
                     "user": isinstance(error, UserError),
+                    "place": worker.place,
                     "message": str(error),
                     "traceback": traceback.format_exc(),
                 }
