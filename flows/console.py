@@ -147,8 +147,8 @@ class RichDisplay:
 def progress_line(progress: dict[str, Any], rate: float | None) -> str:
     """How far a stage is, how fast it goes and how long it still takes, and what a training says of itself."""
     done, total, unit = progress["done"], progress["total"], progress["unit"]
-    speed = "" if rate is None else f", {rate:.0f} {unit}/s"
-    left = f", {_duration((total - done) / rate)} left" if rate else ""
+    speed = f", {rate:.0f} {unit}/s" if rate else ""
+    left = f", {_duration((total - done) / rate)} left" if rate and done < total else ""
     facts = training_facts(progress)
     return f"{done} of {total} {unit}{speed}{left}{facts and '; ' + facts}"
 

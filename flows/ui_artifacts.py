@@ -21,7 +21,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
 from prefect.utilities.context import get_task_and_flow_run_ids
 
-from flows.console import Pace, progress_line
+from flows.console import Pace, artifact_facts, progress_line
 from flows.driver import Run
 from flows.ui_lineage import iteration_of, lineage_page
 from flows.ui_pages import RunView, results_page, stage_page
@@ -41,10 +41,10 @@ def artifact_key(experiment: str, name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{experiment}-{name}")
 
 
-def page_link(experiment: str, name: str) -> str:
-    """Where the newest UI shows a page, from the server's root."""
+def ui_path(page: str) -> str:
+    """Where Prefect's UI (its second version) shows a page, from the server's root."""
     base = urlsplit(PREFECT_UI_URL.value() or "").path.rstrip("/").removesuffix("/v2")
-    return f"{base}/v2/artifacts/key/{artifact_key(experiment, name)}"
+    return f"{base}/v2/{page}"
 
 
 class RunPages:
@@ -54,7 +54,7 @@ class RunPages:
         self._run, self._log = run, get_run_logger()
         self._known: dict[str, Manifest] | None = None
         self._quiet_until = 0.0
-        self._own: dict[str, UUID] = {}  # artifacts of this run that are brought up to date
+        self._shown: dict[str, UUID] = {}  # what this run shows, by key
 
     def watch(self, request: StageRequest, on_progress: OnProgress) -> "StageWatch":
         """What looks on while a stage's task runs; reports go on to `on_progress`."""
@@ -74,12 +74,14 @@ class RunPages:
     def publish_page(self, name: str, outcome: StageOutcome) -> str:
         """The page of a stage, a new version where the server's newest is of another artifact. Returns its key."""
         key, manifest = self.key(name), outcome.manifest
-        description = f"{manifest.kind} {manifest.key[:12]}"
+        description = f"{manifest.kind} {manifest.key[:12]}: {artifact_facts(manifest)}"
         with self._harmless(f"the page of {name}"):
-            known = self._known_artifacts()
-            known[name] = manifest
-            if not (self._is_quiet() or (outcome.reused and self._is_shown(key, description))):
-                self.create(key, "markdown", stage_page(self._view(), name), description)
+            self._known_artifacts()[name] = manifest
+            artifact = self._find_shown(key, description) if outcome.reused else None
+            if artifact is None and not self._is_quiet():
+                artifact = self.create(key, "markdown", stage_page(self._view(), name), description)
+            if artifact is not None:
+                self._shown[key] = artifact
         return key
 
     def key(self, name: str) -> str:
@@ -105,22 +107,26 @@ class RunPages:
     def _keep_up(self, name: str, page: str, description: str) -> None:
         """Make an artifact of this run, or replace what it shows."""
         key = self.key(name)
-        if key in self._own:
-            self.update(key, self._own[key], page, description)
+        if key in self._shown:
+            self.update(key, self._shown[key], page, description)
         elif (artifact := self.create(key, "markdown", page, description)) is not None:
-            self._own[key] = artifact
+            self._shown[key] = artifact
 
-    def _is_shown(self, key: str, description: str) -> bool:
-        """Whether the newest page of that key is of this artifact."""
+    def _find_shown(self, key: str, description: str) -> UUID | None:
+        """The newest page of that key, where it is of this artifact."""
         wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
         found = self._send(
             key, lambda c: c.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=1)
         )
-        return any(artifact.description == description for artifact in found or ())
+        return next((artifact.id for artifact in found or () if artifact.description == description), None)
 
     def _view(self) -> RunView:
-        name = self._run.experiment.name
-        return RunView(name, self._run.store, self._known_artifacts(), lambda stage: page_link(name, stage))
+        return RunView(self._run.experiment.name, self._run.store, self._known_artifacts(), self._link)
+
+    def _link(self, name: str) -> str:
+        """The page of a stage; of one that this run has not come to, the list of its pages."""
+        key = self.key(name)
+        return ui_path(f"artifacts/artifact/{self._shown[key]}" if key in self._shown else f"artifacts/key/{key}")
 
     def _known_artifacts(self) -> dict[str, Manifest]:
         """The artifacts of this run that are in the store: looked up once, then added to by the stages that are done."""
@@ -175,7 +181,7 @@ class StageWatch:
         """Hand a report on, and note it for the thread that publishes one now and then."""
         self._on_progress(progress)
         self._line = progress_line(progress, self._pace.rate(progress, time.monotonic()))
-        self._percent = 100.0 * progress["done"] / progress["total"] if progress["total"] else 0.0
+        self._percent = min(100.0, 100.0 * progress["done"] / progress["total"]) if progress["total"] else 0.0
         if self._thread is None:
             self._thread = threading.Thread(target=self._publish_now_and_then, daemon=True)
             self._thread.start()
@@ -190,8 +196,14 @@ class StageWatch:
         self._over.set()
         self._thread.join(2 * REQUEST_S)
         if not self._thread.is_alive():
-            self._percent = self._percent if error else 100.0
-            how = f"ended: {str(error).splitlines()[0]}" if error and str(error) else "stopped" if kind else "done"
+            self._percent = self._percent if kind else 100.0
+            how = (
+                f"failed: {str(error).splitlines()[0]}"
+                if error and str(error)
+                else "was stopped"
+                if kind
+                else "is done"
+            )
             self._publish(f"{self._name} {how}; {self._line}")
 
     def _publish_now_and_then(self) -> None:

@@ -47,7 +47,7 @@ def _box(view: RunView, name: str) -> str:
     if manifest is None:
         words.append("not made yet")
     else:
-        words += [f"{manifest.kind} {manifest.key[:12]}", *artifact_facts(manifest).split(", ")]
+        words += [manifest.kind, manifest.key[:12], *artifact_facts(manifest).split(", ")]
     return f'{_id(name)}["{"<br/>".join(words)}"]'
 
 

@@ -96,7 +96,7 @@ def test_a_selections_page_has_its_counts_of_all_and_of_each_class(server: Serve
 
 
 def test_lineage_names_what_each_stage_was_made_from_and_links_to_pages_that_are_there(server: Server) -> None:
-    keys = {artifact["key"] for artifact in server.ask("artifacts")}
+    keys = {artifact["id"]: artifact["key"] for artifact in server.ask("artifacts")}
     record = latest_run(Store(str(server.store)), "digits")
     assert record is not None
     by_key = {node.key: node.name for node in record.nodes}
@@ -113,9 +113,9 @@ def test_lineage_names_what_each_stage_was_made_from_and_links_to_pages_that_are
             (by_key[key], n.name) for n in own if n.name != "report" for key in n.inputs.values() if key in by_key
         }
         assert edges == expected
-        links = re.findall(r'^  click (\w+) "/v2/artifacts/key/([a-z0-9-]+)"$', graph[1], re.MULTILINE)
+        links = re.findall(r'^  click (\w+) "/v2/artifacts/artifact/([a-f0-9-]+)"$', graph[1], re.MULTILINE)
         assert [boxes[box] for box, _ in links] == list(boxes.values())
-        assert {key for _, key in links} <= keys
+        assert [keys[page] for _, page in links] == [artifact_key("digits", boxes[box]) for box, _ in links]
         assert "not made yet" not in graph[1]
 
 
@@ -134,7 +134,7 @@ def test_a_stage_at_work_has_a_progress_artifact_of_its_task_run(server: Server)
     assert {"1/select", "1/student"} <= set(found) <= {"1/select", "1/student", "1/evaluate", "report"}
     student = found["1/student"]
     assert (student["type"], student["data"]) == ("progress", 100.0)
-    assert re.match(r"1/student done; (\d+) of \1 images, \d+ images/s", student["description"])
+    assert re.match(r"1/student is done; (\d+) of \1 images, \d+ images/s", student["description"])
 
 
 def test_a_reused_stage_says_which_page_shows_it_and_adds_no_version(server: Server) -> None:
