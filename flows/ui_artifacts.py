@@ -181,7 +181,7 @@ class StageWatch:
         """Hand a report on, and note it for the thread that publishes one now and then."""
         self._on_progress(progress)
         self._line = progress_line(progress, self._pace.rate(progress, time.monotonic()))
-        self._percent = min(100.0, 100.0 * progress["done"] / progress["total"]) if progress["total"] else 0.0
+        self._percent = round(min(100.0, 100.0 * progress["done"] / max(progress["total"], 1)), 1)
         if self._thread is None:
             self._thread = threading.Thread(target=self._publish_now_and_then, daemon=True)
             self._thread.start()
@@ -208,7 +208,7 @@ class StageWatch:
 
     def _publish_now_and_then(self) -> None:
         while True:
-            self._publish(f"{self._name}: {self._line}")
+            self._publish(f"{self._name} {self._percent:.0f} %: {self._line}")
             if self._over.wait(UPDATE_S):
                 return
 

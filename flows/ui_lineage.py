@@ -9,7 +9,7 @@ from flows.ui_pages import RunView
 STYLES = (
     "classDef made fill:#dbeafe,stroke:#0072b2,color:#1f2937",
     "classDef before fill:#f3f4f6,stroke:#9aa3af,color:#1f2937",
-    "classDef missing fill:#ffffff,stroke:#9aa3af,color:#6b7280,stroke-dasharray:4 3",
+    "classDef missing fill:transparent,stroke:#9aa3af,color:#9aa3af,stroke-dasharray:4 3",
 )
 
 

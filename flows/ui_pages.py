@@ -163,19 +163,15 @@ def _sample_keys(store: Store, manifest: Manifest, split: str) -> list[str]:
 
 def _model(view: RunView, name: str, manifest: Manifest) -> list[Block]:
     metrics, rate = manifest.metrics, manifest.provenance.get("train_images_per_s")
-    row = [
-        _percent(metrics["val_top1"]),
-        _count(metrics["num_parameters"]),
-        _count(metrics["num_steps"]),
-        "-" if not rate else f"{rate:,.0f}",
-        *(
-            f"{metrics[f'final_loss_{kind}']:.3f}"
-            for kind in ("labeled", "unlabeled")
-            if f"final_loss_{kind}" in metrics
-        ),
+    rows = [
+        ["validation top-1, %", _percent(metrics["val_top1"])],
+        ["parameters", _count(metrics["num_parameters"])],
+        ["steps", _count(metrics["num_steps"])],
+        ["images a second", f"{rate:,.0f}" if rate else "-"],
     ]
-    head = ["validation top-1, %", "parameters", "steps", "images/s", "last loss", "on unlabeled"]
-    blocks: list[Block] = [_table(head[: len(row)], [row])]
+    losses = {"last loss": "final_loss_labeled", "on unlabeled images": "final_loss_unlabeled"}
+    rows += [[words, f"{metrics[field]:.3f}"] for words, field in losses.items() if field in metrics]
+    blocks: list[Block] = [_table(["", ""], rows)]
     if metrics["num_steps"]:
         blocks += _drawn(training_drawings(view.store, {name: manifest}))
     return blocks
@@ -202,7 +198,7 @@ def _selection(view: RunView, name: str, manifest: Manifest) -> list[Block]:
     blocks.append(
         _sheet(
             {
-                fate: [(images[row["key"]], f"{row['confidence']:.2f} {row['class_name']}") for row in rows]
+                fate: [(images[row["key"]], f"{row['class_name'][:9]} ({row['confidence']:.2f})") for row in rows]
                 for fate, rows in picked.items()
             }
         )

@@ -39,7 +39,8 @@ Child: TypeAlias = "subprocess.Popen[str] | WarmChild"
 
 
 class WorkerFailed(Exception):
-    """A child failed; the text holds the first failing rank's traceback, or its last lines where it left none."""
+    """A child failed; the text begins with a line that says where and why, then come the first failing rank's traceback,
+    or its last lines where it left none."""
 
 
 def run_worker(
@@ -75,8 +76,8 @@ def run_worker(
         first = errors[0]
         if first["user"]:
             raise UserError(first["message"])
-        at = _at(first["place"])
-        raise WorkerFailed(f"{function} failed in rank {first['rank']} of {world}{at}:\n{first['traceback']}")
+        where = f"rank {first['rank']} of {world}{_at(first['place'])}"
+        raise WorkerFailed(f"{function} failed in {where}: {first['cause']}\n{first['traceback']}")
     results = [r["result"] for r in records if "result" in r]
     if code != 0 or not results:
         how = "was asked to stop" if code in (STOPPED_EXIT_CODE, -15) else f"ended with exit code {code}"

@@ -83,7 +83,8 @@ def main() -> int:
                     "user": isinstance(error, UserError),
                     "place": worker.place,
                     "message": str(error),
-                    "traceback": traceback.format_exc(),
+                    "cause": f"{type(error).__name__}: {error}",
+                    "traceback": _without_carets(traceback.format_exc()),
                 }
             }
         )
@@ -91,6 +92,11 @@ def main() -> int:
     if worker.rank == 0:
         worker.emit({"result": result})
     return 0
+
+
+def _without_carets(text: str) -> str:
+    """A traceback without the lines of ^ and ~: where it is shown line breaks may be lost, as in Prefect's UI."""
+    return "\n".join(line for line in text.splitlines() if line.strip(" ^~"))
 
 
 def die_with_parent() -> None:

@@ -161,9 +161,9 @@ def test_a_failing_stage_shows_stage_artifact_rank_and_traceback_in_the_state_of
     (student,) = [node for node in record.nodes if node.name == "1/student"]
     for state in (task["state"], flow["state"]):
         assert state["name"] == "Failed"
-        assert f"1/student (model {student.key[:12]}): models.training:train failed in rank 0 of 1" in state["message"]
-        assert "NotADirectoryError" in state["message"]
-        assert "Traceback (most recent call last)" in state["message"]
+        first, *rest = state["message"].splitlines()
+        assert f"1/student (model {student.key[:12]}): models.training:train failed in rank 0 of 1: NotADir" in first
+        assert rest[0] == "Traceback (most recent call last):"
 
 
 def test_a_server_that_takes_no_artifact_is_a_warning_and_the_run_ends_well(server: Server) -> None:
