@@ -14,13 +14,15 @@ import pytest
 from PIL import Image
 
 from flows.ui_artifacts import artifact_key
-from flows.ui_pages import MOST_BYTES, Picture, fitted
+from flows.ui_lineage import lineage_page
+from flows.ui_pages import MOST_BYTES, Picture, RunView, fitted
 from storage.artifacts import get
 from storage.objects import Store
 from storage.runs import latest_run, resolve_ref
 from tests.fault_proxy import fault_proxy
 from tests.flows.prefect_servers import post, serving
 from tests.flows.runs import command, run, start
+from tests.flows.tiny import Project
 
 STAGES = (
     *("prepare", "unlabeled", "0/teacher", "0/evaluate"),
@@ -193,3 +195,15 @@ def test_a_page_leaves_out_the_pictures_that_do_not_fit() -> None:
 )
 def test_keys_are_what_prefect_allows(experiment: str, name: str, key: str) -> None:
     assert artifact_key(experiment, name) == key
+
+
+def test_lineage_of_a_run_that_has_not_begun_draws_every_stage_and_links_to_none(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    nodes = project.resolve("order=once").nodes
+    page = lineage_page(RunView("tiny", project.store, {}, lambda name: f"/{name}"), nodes, 2)
+    assert set(re.findall(r"<b>([\w/]+)</b><br/>not made yet", page)) == {
+        *("prepare", "unlabeled", "0/select", "1/student", "2/label", "2/student", "2/evaluate")
+    }
+    assert "s0_select -->|selection| s2_label" in page
+    assert "s1_student -->|model| s2_label" in page
+    assert "click" not in page
