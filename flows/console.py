@@ -146,7 +146,8 @@ class RichDisplay:
 
 def progress_line(progress: dict[str, Any], rate: float | None) -> str:
     """How far a stage is, how fast it goes and how long it still takes, and what a training says of itself."""
-    done, total, unit = progress["done"], progress["total"], progress["unit"]
+    total, unit = progress["total"], progress["unit"]
+    done = min(progress["done"], total)  # a selection counts its last shard as full
     speed = f", {rate:.0f} {unit}/s" if rate else ""
     left = f", {_duration((total - done) / rate)} left" if rate and done < total else ""
     facts = training_facts(progress)

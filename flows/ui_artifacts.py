@@ -74,8 +74,8 @@ class RunPages:
     def publish_page(self, name: str, outcome: StageOutcome) -> str:
         """The page of a stage, a new version where the server's newest is of another artifact. Returns its key."""
         key, manifest = self.key(name), outcome.manifest
-        description = f"{manifest.kind} {manifest.key[:12]}: {artifact_facts(manifest)}"
         with self._harmless(f"the page of {name}"):
+            description = f"{manifest.kind} {manifest.key[:12]}: {artifact_facts(manifest)}"
             self._known_artifacts()[name] = manifest
             artifact = self._find_shown(key, description) if outcome.reused else None
             if artifact is None and not self._is_quiet():
