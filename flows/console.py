@@ -21,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.plan import PlannedSelection
+from storage.artifacts import Manifest
+from tasks.results import gains
 from tasks.selection.rules import DECISIONS
 from tasks.sources import SPLITS
 from tasks.stage import StageOutcome, StageRequest
@@ -50,33 +52,42 @@ class Display(Protocol):
         """The stage is over; None where it failed."""
 
 
+class Pace:
+    """How fast a stage goes, since its first report; since a later one where it begins to count anew."""
+
+    def __init__(self) -> None:
+        self._since: tuple[float, int] | None = None
+        self._done = 0
+
+    def rate(self, progress: dict[str, Any], now: float) -> float | None:
+        """Units a second at a report; None at the first one."""
+        done = progress["done"]
+        if self._since is None or done < self._done:
+            self._since = now, done
+        self._done = done
+        started, first = self._since
+        return (done - first) / (now - started) if now > started else None
+
+
 class PlainDisplay:
     """Lines of text, for logs and pipes: a stage's start, a line every ten seconds, its end."""
 
     def __init__(self, write: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
         self._write = write
-        self._name, self._started, self._last = "", 0.0, 0.0
-        self._first_done: int | None = None
+        self._name, self._pace, self._last = "", Pace(), 0.0
 
     def stage_started(self, name: str) -> None:
         """Say which stage begins."""
-        self._name, self._started, self._first_done = name, time.monotonic(), None
-        self._last = self._started
+        self._name, self._pace, self._last = name, Pace(), time.monotonic()
 
     def progress(self, progress: dict[str, Any]) -> None:
         """A line now and then."""
-        now, done, total = time.monotonic(), progress["done"], progress["total"]
-        if self._first_done is None:
-            self._first_done, self._started = done, now
-        if now - self._last < PLAIN_INTERVAL_S or now == self._started:
+        now = time.monotonic()
+        rate = self._pace.rate(progress, now)
+        if now - self._last < PLAIN_INTERVAL_S or rate is None:
             return
         self._last = now
-        rate = (done - self._first_done) / (now - self._started)
-        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-        facts = training_facts(progress)
-        self._write(
-            f"{self._name}: {done} of {total} {progress['unit']}, {rate:.0f} {progress['unit']}/s{left}{facts and '; ' + facts}"
-        )
+        self._write(f"{self._name}: {progress_line(progress, rate)}")
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """One line with what came out."""
@@ -133,6 +144,22 @@ class RichDisplay:
         self._console.print(f"{name:<12} {mark} {describe(outcome) if outcome else ''}", highlight=False, no_wrap=True)
 
 
+def progress_line(progress: dict[str, Any], rate: float | None) -> str:
+    """How far a stage is, how fast it goes and how long it still takes, and what a training says of itself."""
+    total, unit = progress["total"], progress["unit"]
+    done = min(progress["done"], total)  # a selection counts its last shard as full
+    speed = f", {rate:.0f} {unit}/s" if rate else ""
+    left = f", {_duration((total - done) / rate)} left" if rate and done < total else ""
+    facts = training_facts(progress)
+    return f"{done} of {total} {unit}{speed}{left}{facts and '; ' + facts}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def training_facts(progress: dict[str, Any]) -> str:
     """What a training says of itself, in a few words; empty for other stages."""
     return ", ".join(text.format(progress[name]) for name, text in TRAINING_FACTS.items() if name in progress)
@@ -156,8 +183,15 @@ def make_display(console: Console) -> Display:
 
 def describe(outcome: StageOutcome) -> str:
     """One line on what a stage made."""
-    manifest, metrics = outcome.manifest, outcome.manifest.metrics
-    facts = {
+    manifest = outcome.manifest
+    seconds = "" if outcome.reused else f" in {manifest.provenance['seconds']:.0f} s"
+    return f"{manifest.kind} {manifest.key[:12]}: {artifact_facts(manifest)}{seconds}"
+
+
+def artifact_facts(manifest: Manifest) -> str:
+    """What matters most of an artifact, in a few words with commas between them."""
+    metrics = manifest.metrics
+    return {
         "dataset": lambda: ", ".join(_split(s, metrics[s]) for s in SPLITS if s in metrics),
         "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
         "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
@@ -168,8 +202,6 @@ def describe(outcome: StageOutcome) -> str:
         "evaluation": lambda: f"test top-1 {metrics['test']['top1']:.2%}",
         "report": lambda: manifest.file("report.html").path,
     }[manifest.kind]()
-    seconds = "" if outcome.reused else f" in {manifest.provenance['seconds']:.0f} s"
-    return f"{manifest.kind} {manifest.key[:12]}: {facts}{seconds}"
 
 
 def _empty_classes(kept: list[int]) -> str:
@@ -191,13 +223,10 @@ def results_table(records: list[dict[str, Any]], title: str) -> Table:
     names = ("model", "top-1", *(("top-5",) if with_top5 else ()), "gain", "kept", "dropped", "duplicated")
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    first = next((record["top1"] for record in records if record["top1"] is not None), None)
-    for record in records:
-        top1 = record["top1"]
-        gain = "" if top1 is None or first is None or record["role"] == "teacher" else f"{100 * (top1 - first):+.2f}"
-        shares = [_percent(top1), *([_percent(record["top5"])] if with_top5 else [])]
+    for record, gain in zip(records, gains(records), strict=True):
+        shares = [_percent(record["top1"]), *([_percent(record["top5"])] if with_top5 else [])]
         counts = ["-" if record[name] is None else f"{record[name]:,}" for name in ("kept", "dropped", "duplicated")]
-        table.add_row(record["ref"], *shares, gain, *counts)
+        table.add_row(record["ref"], *shares, "" if gain is None else f"{100 * gain:+.2f}", *counts)
     return table
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from flows.console import Display, PlainDisplay, shown
 from flows.driver import Rerun, Run, execute, resolve_run
 from flows.experiment import load_experiment
+from flows.ui_artifacts import RunPages
 from storage.objects import Store
 from tasks.stage import StageOutcome, StageRequest, stage_task
 
@@ -59,15 +60,17 @@ def noisy_student(
 
 
 def prefect_stage(run: Run) -> Any:
-    """How a stage is carried out under Prefect: as a task, reporting to the display or the run's log."""
-    stage = stage_task()
+    """How a stage is carried out under Prefect: as a task, reporting to the display or the run's log, and to the UI."""
+    stage, pages = stage_task(), RunPages(run)
     display = _display[0] if _display else PlainDisplay(get_run_logger().info)
     on_log = (lambda line: None) if _display else get_run_logger().info
 
     def do_stage(request: StageRequest) -> StageOutcome:
         def work() -> StageOutcome:
-            state = stage(request.record.name, request, display.progress, on_log, return_state=True)
+            watch = pages.watch(request, display.progress)
+            state = stage(request.record.name, request, watch, on_log, return_state=True)
             outcome: StageOutcome = state.result()  # raises the stage's own error
+            pages.stage_done(request.record.name)
             return outcome
 
         return shown(request, display, work)

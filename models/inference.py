@@ -58,6 +58,7 @@ def label_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
         if worker.stop_requested:
             raise Stopped
         if find_part(store, stage, part_key, numerics) is None:
+            worker.at(name)
             labeler = labeler or Labeler(store, spec)  # loaded once, and only where something is missing
             images = IndexedImages(store, source, split, whole[split], only=name)
             tables, count = [labeler.tables([], labeler.nothing, labeler.nothing)], 0

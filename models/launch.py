@@ -40,7 +40,8 @@ Child: TypeAlias = "subprocess.Popen[str] | WarmChild"
 
 
 class WorkerFailed(Exception):
-    """A child failed; the text holds the first failing rank's traceback, or its last lines where it left none."""
+    """A child failed; the text begins with a line that says where and why, then come the first failing rank's traceback,
+    or its last lines where it left none."""
 
 
 def run_worker(
@@ -66,7 +67,7 @@ def run_worker(
         if stop is not None:
             threading.Thread(target=_stop_on, args=(child, stop, finished), daemon=True).start()
         try:
-            records, last_lines = _listen(child, on_record, on_log)
+            records, last_lines, place = _listen(child, on_record, on_log)
             code = child.wait()
         finally:
             finished.set()
@@ -76,11 +77,12 @@ def run_worker(
         first = errors[0]
         if first["user"]:
             raise UserError(first["message"])
-        raise WorkerFailed(f"{function} failed in rank {first['rank']} of {world}:\n{first['traceback']}")
+        where = f"rank {first['rank']} of {world}{_at(first['place'])}"
+        raise WorkerFailed(f"{function} failed in {where}: {first['cause']}\n{first['traceback']}")
     results = [r["result"] for r in records if "result" in r]
     if code != 0 or not results:
         how = "was asked to stop" if code in (STOPPED_EXIT_CODE, -15) else f"ended with exit code {code}"
-        raise WorkerFailed(f"{function} {how}; its last lines:\n" + "\n".join(last_lines))
+        raise WorkerFailed(f"{function} {how}{_at(place)}; its last lines:\n" + "\n".join(last_lines))
     return results[0]
 
 
@@ -295,9 +297,10 @@ def _stop_on(child: Child, stop: threading.Event, finished: threading.Event) -> 
 
 def _listen(
     child: Child, on_record: Callable[[Record], None], on_log: Callable[[str], None]
-) -> tuple[list[Record], list[str]]:
-    """Read the child's lines to the end; keep its results and errors and the last lines of its log."""
+) -> tuple[list[Record], list[str], str]:
+    """Read the child's lines to the end; keep its results and errors, the last lines of its log, and where it last was."""
     kept: list[Record] = []
+    place = ""
     last_lines: list[str] = []
     assert child.stdout is not None  # we asked for the pipe
     for line in child.stdout:
@@ -309,8 +312,13 @@ def _listen(
             continue
         if "result" in record or "error" in record:
             kept.append(record)
+        place = record.get("at", place)
         on_record(record)
-    return kept, last_lines
+    return kept, last_lines, place
+
+
+def _at(place: str) -> str:
+    return f" at {place}" if place else ""
 
 
 def _parse_record(line: str) -> Record | None:

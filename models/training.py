@@ -176,6 +176,7 @@ class Trainer:
         shown, since = dict[str, Any](), (time.perf_counter(), self.step)
         workers = loader_processes(self.compute, self.spec["device"])
         for batch in training_loader(self.batches, self.step, self.num_steps, workers):
+            self.worker.place = f"step {self.step + 1} of {self.num_steps}"
             facts = self.advance(batch, self.step)
             self.step += 1
             last = self.step == self.num_steps

@@ -35,6 +35,7 @@ class Worker:
         self.world = world
         self.threads = threads
         self.stop_requested = False
+        self.place = ""  # what an error that is raised now is about: a shard, a step
         self._last_progress = 0.0
 
     def progress(self, done: int, total: int, unit: str = "images", last: bool = False, **facts: Any) -> None:
@@ -43,6 +44,11 @@ class Worker:
         if self.rank == 0 and (last or now - self._last_progress >= PROGRESS_INTERVAL_S):
             self._last_progress = now
             self.emit({"progress": {"done": done, "total": total, "unit": unit, **facts}})
+
+    def at(self, place: str) -> None:
+        """Say what the work is about from now on, so that any failure names it, a sudden death of this process too."""
+        self.place = place
+        self.emit({"at": place})
 
     def emit(self, record: dict[str, Any]) -> None:
         """Write one structured record to the parent, in one write so that ranks' lines do not mix."""
@@ -75,8 +81,10 @@ def main() -> int:
                     "rank": worker.rank,
                     "time": time.time(),
                     "user": isinstance(error, UserError),
+                    "place": worker.place,
                     "message": str(error),
-                    "traceback": traceback.format_exc(),
+                    "cause": f"{type(error).__name__}: {error}",
+                    "traceback": _without_carets(traceback.format_exc()),
                 }
             }
         )
@@ -84,6 +92,11 @@ def main() -> int:
     if worker.rank == 0:
         worker.emit({"result": result})
     return 0
+
+
+def _without_carets(text: str) -> str:
+    """A traceback without the lines of ^ and ~: where it is shown line breaks may be lost, as in Prefect's UI."""
+    return "\n".join(line for line in text.splitlines() if line.strip(" ^~"))
 
 
 def die_with_parent() -> None:

@@ -129,6 +129,7 @@ def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     for stretch in stretches:
         if worker.stop_requested:
             raise Stopped
+        worker.at(f"{stretch.file.name}, rows {stretch.first} to {stretch.last}")
         part = find_part(store, STAGE, stretch.part_key(), NO_NUMERICS) or write_part(
             store,
             stretch,

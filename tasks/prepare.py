@@ -124,6 +124,7 @@ def shuffle_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
         if worker.stop_requested:
             raise Stopped
         if find_part(store, SHUFFLE, key, NO_NUMERICS) is None:
+            worker.at(f"shards/labeled/{int(number):05d}.tar")
             _write_shuffled(store, key, index.take(deal[int(number)]).to_pylist(), reader)
         done += len(deal[int(number)])
         worker.progress(done, total)

@@ -5,24 +5,24 @@ inputs make the same bytes. Of large data sets only the rows and the image bytes
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from storage.artifacts import FileEntry, Manifest, artifact_folder, publish_file
+from storage.artifacts import Manifest, artifact_folder, publish_file
 from storage.keys import Config, canonical_json
 from storage.objects import Store
-from storage.shards import ShardReader, read_table, shard_files
-from tasks import report_figures as figures
+from storage.shards import ShardReader, shard_files
 from tasks.contract import StageContext, StageResult
 from tasks.inspection.images import locate_images
 from tasks.label import model_roles
-from tasks.report_images import data_uri, leak_section, shown
-from tasks.results import result_records
+from tasks.report_drawings import balance_drawing, class_drawing, classes_tested, confidence_drawing, training_drawings
+from tasks.report_figures import MOST_BARS
+from tasks.report_images import leak_section, shown
+from tasks.results import gains, result_records
 from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
 from tasks.sources import SPLITS
@@ -60,7 +60,7 @@ def report(context: StageContext, config: ReportConfig, inputs: dict[str, Manife
         "data": {**inputs["unlabeled"].metrics, **inputs["prepare"].metrics},
         "splits": SPLITS,
         "result": _result(records, inputs),
-        "training": _training_figures(context.store, inputs),
+        "training": training_drawings(context.store, _models(inputs)),
         "sections": sections,
         "classes": _class_accuracy(context.store, records, inputs),
         "leaks": leak_section(context.store, inputs["unlabeled"], inputs["prepare"], config.grid_images // 2),
@@ -125,6 +125,17 @@ def pick_decisions(decisions: pa.RecordBatchReader, kept: bool, classes: Sequenc
     return sorted(picked, key=lambda row: (row["label"] if kept else 0, -row["confidence"], row["key"]))
 
 
+def pick_images(store: Store, labels: Manifest, selection: Manifest, most: int) -> dict[str, list[Row]]:
+    """Up to `most` kept and as many dropped images to show, as `pick_decisions` has them and with their class_name."""
+    names, kept = selection.metrics["class_names"], selection.metrics["per_class"]["kept"]
+    classes = [number for number, count in enumerate(kept) if count]
+    picked = {
+        fate: pick_decisions(read_decisions(store, labels, selection), fate == "kept", classes, most)
+        for fate in ("kept", "dropped")
+    }
+    return {fate: [{**row, "class_name": names[row["label"]]} for row in rows] for fate, rows in picked.items()}
+
+
 def _render(page: dict[str, Any]) -> str:
     import jinja2
 
@@ -141,22 +152,18 @@ def _render(page: dict[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(page)
 
 
-def _figure(title: str, alt: str, caption: str, draw: Callable[[figures.Theme], bytes]) -> dict[str, str]:
-    light, dark = (data_uri(draw(theme), "png") for theme in (figures.LIGHT, figures.DARK))
-    return {"title": title, "alt": alt, "caption": caption, "light": light, "dark": dark}
-
-
 def _rounds(inputs: dict[str, Manifest]) -> dict[int, dict[str, Manifest]]:
     """Iteration -> its stages by their short names, of the iterations in which something was labeled or selected."""
     rounds: dict[int, dict[str, Manifest]] = {}
-    for name in sorted(inputs, key=_stage_order):
+    for name in sorted(inputs, key=stage_order):
         if "/" in name:
             number, stage = name.split("/")
             rounds.setdefault(int(number), {})[stage] = inputs[name]
     return {number: stages for number, stages in rounds.items() if "label" in stages or "select" in stages}
 
 
-def _stage_order(name: str) -> tuple[int, int, str]:
+def stage_order(name: str) -> tuple[int, int, str]:
+    """Sorts stage names in the order of work; the report comes before the first iteration."""
     number, _, stage = name.rpartition("/")
     place = WITHIN_ITERATION.index(stage) if stage in WITHIN_ITERATION else len(WITHIN_ITERATION)
     return (int(number), place, stage) if number else (-1, 0, stage)
@@ -165,12 +172,7 @@ def _stage_order(name: str) -> tuple[int, int, str]:
 def _result(records: list[Row], inputs: dict[str, Manifest]) -> Row:
     """The rows of the table, and what the reader needs to judge a difference."""
     teacher = next((record["top1"] for record in records if record["top1"] is not None), None)
-    rows = []
-    for record in records:
-        gain = (
-            record["top1"] - teacher if record["role"] != "teacher" and None not in (record["top1"], teacher) else None
-        )
-        rows.append({**record, "gain": gain})
+    rows = [{**record, "gain": gain} for record, gain in zip(records, gains(records), strict=True)]
     num_images = inputs["0/evaluate"].metrics["test"]["images"] if "0/evaluate" in inputs else 0
     error = math.sqrt(teacher * (1 - teacher) / num_images) if num_images and teacher is not None else None
     return {
@@ -181,40 +183,8 @@ def _result(records: list[Row], inputs: dict[str, Manifest]) -> Row:
     }
 
 
-def _training_figures(store: Store, inputs: dict[str, Manifest]) -> list[dict[str, str]]:
-    histories = {
-        name: _history(store, inputs[name].file("history.parquet"))
-        for name in sorted(inputs, key=_stage_order)
-        if inputs[name].kind == "model"
-    }
-    finals = "; ".join(f"{name}: {m.metrics['val_top1'] * 100:.1f} %" for name in histories if (m := inputs[name]))
-    models = ", ".join(histories)
-    return [
-        _figure(
-            "Loss",
-            f"Line chart of the training loss by epoch of {models}.",
-            f"Under noise, means of {figures.SMOOTHED_RECORDS} recorded batches. Against soft pseudo-labels the loss cannot reach 0.",
-            lambda theme: figures.loss_curves(theme, histories),
-        ),
-        _figure(
-            "Validation top-1",
-            f"Line chart of validation top-1 by epoch. At the end: {finals}.",
-            "Of the weight average, without noise, on the validation images.",
-            lambda theme: figures.history_curves(theme, histories, "val_top1", "validation top-1, %", percent=True),
-        ),
-        _figure(
-            "Learning rate",
-            f"Line chart of the learning rate by epoch of {models}.",
-            "As set for each step.",
-            lambda theme: figures.history_curves(theme, histories, "learning_rate", "learning rate"),
-        ),
-    ]
-
-
-def _history(store: Store, entry: FileEntry) -> figures.History:
-    names = ("epoch", "learning_rate", "loss_labeled", "loss_unlabeled", "val_top1")
-    table = read_table(store, entry, names)
-    return {name: np.array(table[name].to_pylist(), np.float64) for name in names}
+def _models(inputs: dict[str, Manifest]) -> dict[str, Manifest]:
+    return {name: inputs[name] for name in sorted(inputs, key=stage_order) if inputs[name].kind == "model"}
 
 
 def _section(
@@ -226,9 +196,9 @@ def _section(
     settings = SelectConfig.model_validate(selection.config) if selection else None
     drawn, teachers = [], [labels.inputs[role] for role in model_roles(labels.inputs)] if labels else []
     if labels:
-        drawn.append(_histogram(labels, selection, settings))
-    if selection and settings:
-        drawn.append(_balance(selection, settings))
+        drawn.append(confidence_drawing(labels, selection))
+    if selection:
+        drawn.append(balance_drawing(selection))
     return {
         "number": number,
         "labels": labels.metrics if labels else None,
@@ -240,73 +210,24 @@ def _section(
     }
 
 
-def _histogram(labels: Manifest, selection: Manifest | None, settings: SelectConfig | None) -> dict[str, str]:
-    threshold = settings.min_confidence if settings else None
-    counts = labels.metrics["confidence_histogram"]
-    fate = ""
-    if selection is not None:
-        fate = f" {selection.metrics['kept']:,} of {selection.metrics['labeled']:,} images were kept."
-    return _figure(
-        "Confidence of the pseudo-labels",
-        f"Histogram of {sum(counts):,} confidences from 0 to 1"
-        + (f" with the threshold at {threshold:g}." if threshold is not None else ".")
-        + f" The fullest bin begins at {int(np.argmax(counts)) / len(counts):g}.{fate}",
-        f"{sum(counts):,} images, mean {labels.metrics['mean_confidence']:.3f}.{fate}",
-        lambda theme: figures.confidence_histogram(theme, counts, threshold),
-    )
-
-
-def _balance(selection: Manifest, settings: SelectConfig) -> dict[str, str]:
-    names, per_class = selection.metrics["class_names"], selection.metrics["per_class"]
-    ranges = {
-        field: f"{min(values):,} to {max(values):,}"
-        for field, values in ((f, per_class[f]) for f in ("available", "kept", "copies"))
-    }
-    empty = sum(not value for value in per_class["kept"])
-    return _figure(
-        "Images of each class, before and after balancing",
-        f"Chart of {len(names)} classes. Labeled as the class: {ranges['available']} images; kept: {ranges['kept']}; "
-        f"after balancing: {ranges['copies']}.",
-        f"{_rule(settings)}{f' {empty:,} classes stayed empty.' if empty else ''}",
-        lambda theme: figures.class_counts(theme, names, per_class),
-    )
-
-
-def _rule(settings: SelectConfig) -> str:
-    """How the classes were balanced, in a sentence."""
-    cap = f"{settings.images_per_class:,}"
-    if not settings.balance:
-        text = "Every image that passes the filter is kept once; the classes are not balanced."
-    elif settings.method == "reference":
-        text = f"Each class has a threshold of its own; above it chance gives every image its share of {cap} copies."
-    else:
-        text = f"At most {cap} of a class are kept, the most confident first; classes with fewer are filled up with copies."
-    return text if settings.subset == 1 else f"{text} Of these, a share of {settings.subset:g} is used."
-
-
 def _grids(store: Store, config: ReportConfig, inputs: dict[str, Manifest], selection: Manifest) -> list[Row]:
     """The shown images of both fates. Keys are picked first; only their bytes are read, one image at a time."""
-    names, kept = selection.metrics["class_names"], selection.metrics["per_class"]["kept"]
-    classes = [number for number, count in enumerate(kept) if count]
     data = inputs["unlabeled"]
     labels = next(manifest for manifest in inputs.values() if manifest.key == selection.inputs["labels"])
-    picked = {
-        fate: pick_decisions(read_decisions(store, labels, selection), fate == "kept", classes, config.grid_images)
-        for fate in ("kept", "dropped")
-    }
+    picked = pick_images(store, labels, selection, config.grid_images)
     places = locate_images(store, data, "unlabeled", [row["key"] for rows in picked.values() for row in rows])
     reader, grids = ShardReader(store, shard_files(data, "unlabeled"), whole=False), []
     try:
         for fate, rows in picked.items():
-            tiles = [_tile(reader, row, places[row["key"]], names[row["label"]]) for row in rows]
+            tiles = [_tile(reader, row, places[row["key"]]) for row in rows]
             grids.append({"fate": fate, "tiles": tiles, "of": selection.metrics[fate]})
     finally:
         reader.close()
     return grids
 
 
-def _tile(reader: ShardReader, row: Row, place: Row, class_name: str) -> Row:
-    return {**row, "class_name": class_name, "source": place["source"], **shown(reader, place)}
+def _tile(reader: ShardReader, row: Row, place: Row) -> Row:
+    return {**row, "source": place["source"], **shown(reader, place)}
 
 
 def _class_accuracy(store: Store, records: list[Row], inputs: dict[str, Manifest]) -> Row | None:
@@ -315,31 +236,17 @@ def _class_accuracy(store: Store, records: list[Row], inputs: dict[str, Manifest
     evaluations = (inputs.get("0/evaluate"), inputs.get(f"{last['iteration']}/evaluate"))
     if last["iteration"] == 0 or None in evaluations:
         return None
-    (names, sizes, before), (_, _, after) = (_test_classes(store, found) for found in evaluations if found)
-    student, gains = f"{last['iteration']}/{last['role']}", after - before
-    better, worse = int((gains > 0).sum()), int((gains < 0).sum())
-    summary = f"{student} is better than 0/teacher in {better} of {len(names)} classes and worse in {worse}."
+    student = f"{last['iteration']}/{last['role']}"
+    (names, sizes, before), (_, _, after) = (classes_tested(store, found) for found in evaluations if found)
+    gains = after - before
     columns = zip(names, sizes.tolist(), before.tolist(), after.tolist(), gains.tolist(), strict=True)
     rows = [dict(zip(("name", "images", "before", "after", "gain"), c, strict=True)) for c in columns if c[1]]
-    cut = len(rows) > figures.MOST_BARS
+    cut = len(rows) > MOST_BARS
     if cut:
         rows.sort(key=lambda row: -row["gain"])
         rows = rows[: MOST_CLASS_ROWS // 2] + rows[-MOST_CLASS_ROWS // 2 :]
-    figure = _figure(
-        "Accuracy of each class, teacher and last student",
-        f"Chart of the test accuracy by class. {summary}",
-        summary,
-        lambda theme: figures.class_accuracy(theme, names, before, after, student),
-    )
+    figure = class_drawing(names, before, after, student)
     return {"figure": figure, "rows": rows, "student": student, "all": not cut}
-
-
-def _test_classes(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Class names, test images and accuracy (NaN without images), in the order of the labels."""
-    table = read_table(store, evaluation.file("per_class.parquet")).to_pylist()
-    rows = sorted((row for row in table if row["split"] == "test"), key=lambda row: row["label"])
-    accuracy = [r["class_correct"] / r["class_images"] if r["class_images"] else math.nan for r in rows]
-    return [r["class_name"] for r in rows], np.array([r["class_images"] for r in rows]), np.array(accuracy)
 
 
 def _lineage(inputs: dict[str, Manifest]) -> list[Row]:
@@ -354,5 +261,5 @@ def _lineage(inputs: dict[str, Manifest]) -> list[Row]:
             "inputs": [(role, key, by_key.get(key, "")) for role, key in sorted(manifest.inputs.items())],
             "config": canonical_json(manifest.config).decode() if manifest.config else "",
         }
-        for name, manifest in sorted(inputs.items(), key=lambda item: _stage_order(item[0]))
+        for name, manifest in sorted(inputs.items(), key=lambda item: stage_order(item[0]))
     ]

@@ -36,6 +36,12 @@ def result_records(experiment: str, manifests: dict[str, Manifest]) -> list[dict
     return records
 
 
+def gains(records: list[dict[str, Any]]) -> list[float | None]:
+    """Of each record its top-1 less that of the first teacher, in [-1, 1]; None for teachers and what was not measured."""
+    first = next((record["top1"] for record in records if record["top1"] is not None), None)
+    return [None if r["role"] == "teacher" or r["top1"] is None else r["top1"] - first for r in records]
+
+
 def _evaluation(manifests: dict[str, Manifest], model: str) -> dict[str, Any]:
     """What was measured of a model; of one that was fine-tuned afterwards nothing is."""
     return next(

@@ -8,12 +8,13 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 from models.compute import ComputeConfig, LocalEngine
-from models.launch import code_state
+from models.launch import WorkerFailed, code_state
 from models.numerics import package_versions, resolve_device
 from storage.artifacts import SOURCE_ROLE, Manifest, commit, discard_attempt, find, get
+from storage.errors import UserError
 from storage.keys import Config
 from storage.objects import Store
 from storage.runs import NodeRecord
@@ -46,7 +47,10 @@ def run_stage(
     on_progress: OnProgress = lambda progress: None,
     on_log: Callable[[str], None] = lambda line: None,
 ) -> StageOutcome:
-    """Return the stage's artifact, made now or before. A failure leaves parts and checkpoints for the next attempt."""
+    """Return the stage's artifact, made now or before.
+
+    A failure leaves parts and checkpoints for the next attempt; UserError and WorkerFailed say which stage and artifact.
+    """
     store, record = Store(request.store), request.record
     existing = find(store, record.kind, record.key)
     if existing is not None:
@@ -56,7 +60,10 @@ def run_stage(
     source = record.inputs.get(SOURCE_ROLE, "")
     context = StageContext(store, record.key, engine, request.compute, on_progress, record.name, source)
     started = time.perf_counter()
-    result = request.stage.run(context, request.config, inputs)
+    try:
+        result = request.stage.run(context, request.config, inputs)
+    except (UserError, WorkerFailed) as error:
+        raise type(error)(f"{record.name} ({record.kind} {record.key[:12]}): {error}") from error
     manifest = Manifest(
         kind=record.kind,
         key=record.key,
@@ -74,6 +81,24 @@ def run_stage(
     return StageOutcome(committed, reused=False)
 
 
+class Watch(Protocol):
+    """Looks on while a stage's task runs: entered and left within the task run, which it must not disturb."""
+
+    def __enter__(self) -> Self:
+        """The stage begins."""
+        ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """The stage is over, with an error or without."""
+
+    def progress(self, progress: dict[str, Any]) -> None:
+        """`done` of `total` `unit`; called from any thread."""
+
+    def made(self, outcome: StageOutcome) -> str:
+        """The artifact is there. Returns the name of the page that shows it."""
+        ...
+
+
 def stage_task() -> Any:
     """The Prefect task: `run_stage`, ending in the state `Reused` where the artifact was there already."""
     from prefect import task
@@ -81,12 +106,15 @@ def stage_task() -> Any:
     from prefect.states import Completed
 
     @task(name="stage", task_run_name="{name}", persist_result=False, cache_policy=NO_CACHE)
-    def stage(name: str, request: StageRequest, on_progress: OnProgress, on_log: Callable[[str], None]) -> Any:
-        outcome = run_stage(request, on_progress, on_log)
+    def stage(name: str, request: StageRequest, watch: Watch, on_log: Callable[[str], None]) -> Any:
+        with watch:
+            outcome = run_stage(request, watch.progress, on_log)
+            page = watch.made(outcome)
         if not outcome.reused:
             return outcome
         manifest = outcome.manifest
-        return Completed(name="Reused", message=f"{manifest.kind} {manifest.key} was in the store", data=outcome)
+        message = f"{manifest.kind} {manifest.key} was in the store; the artifact {page} shows it"
+        return Completed(name="Reused", message=message, data=outcome)
 
     return stage
 

@@ -148,6 +148,7 @@ def guard_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
         if worker.stop_requested:
             raise Stopped
         if find_part(store, GUARD, key, NO_NUMERICS) is None:
+            worker.at(pair[0].path)
             _guard_shard(store, key, leaks, pair)
         done += pair[0].rows or 0
         worker.progress(done, total)

@@ -1,6 +1,6 @@
 """Finding images by key, and showing several as one picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw
@@ -13,9 +13,9 @@ from storage.shards import ShardReader, index_name, shard_files
 Row = dict[str, Any]
 Item = TypeVar("Item")
 FILES_AT_ONCE = 256
-TILE_PX, LINE_PX, MARGIN_PX = 112, 13, 6
+TILE_PX, LINE_PX, TEXT_PX, MARGIN_PX = 112, 17, 13, 6
 COLUMNS = 8
-LINE_CHARACTERS = 17
+LINE_CHARACTERS = 16
 
 
 def locate_images(store: Store, data: Manifest, split: str, keys: Sequence[str]) -> dict[str, Row]:
@@ -61,20 +61,20 @@ def read_images(store: Store, data: Manifest, split: str, keys: Sequence[str]) -
         reader.close()
 
 
-def contact_sheet(groups: dict[str, Sequence[tuple[Image.Image, str]]]) -> Image.Image:
+def contact_sheet(groups: Mapping[str, Sequence[tuple[Image.Image, str]]], columns: int = COLUMNS) -> Image.Image:
     """One RGB picture of several groups of images, each with its title and a line of text below every image."""
-    lines = {title: -(-len(tiles) // COLUMNS) for title, tiles in groups.items()}
+    lines = {title: -(-len(tiles) // columns) for title, tiles in groups.items()}
     cell = TILE_PX + MARGIN_PX
     height = sum(LINE_PX + 2 * MARGIN_PX + count * (cell + LINE_PX) for count in lines.values())
-    sheet = Image.new("RGB", (COLUMNS * cell + MARGIN_PX, height + MARGIN_PX), "white")
+    sheet = Image.new("RGB", (columns * cell + MARGIN_PX, height + MARGIN_PX), "white")
     draw, top = ImageDraw.Draw(sheet), MARGIN_PX
     for title, tiles in groups.items():
-        draw.text((MARGIN_PX, top), title, fill="black")
+        draw.text((MARGIN_PX, top), title, fill="black", font_size=TEXT_PX)
         top += LINE_PX + MARGIN_PX
         for number, (image, text) in enumerate(tiles):
-            left, line = MARGIN_PX + number % COLUMNS * cell, top + number // COLUMNS * (cell + LINE_PX)
+            left, line = MARGIN_PX + number % columns * cell, top + number // columns * (cell + LINE_PX)
             sheet.paste(fitted(image), (left, line))
-            draw.text((left, line + TILE_PX), text[:LINE_CHARACTERS], fill="black")
+            draw.text((left, line + TILE_PX), text[:LINE_CHARACTERS], fill="black", font_size=TEXT_PX)
         top += lines[title] * (cell + LINE_PX) + MARGIN_PX
     return sheet
 

@@ -64,7 +64,7 @@ def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
         source = _Source(store, get(store, "dataset", spec["data"]), get(store, "labels", spec["labels"]))
         records = [layout_rows(store, layout[n // shards_of_file(shard_images)], n, shard_images) for n, _ in missing]
         at_once = max(1, GATHER_BYTES // (2 * source.num_classes * shard_images))
-        part_keys = iter(key for _, key in missing)
+        parts = iter(missing)
         with store.staging() as folder:
             scatter = Scatter(folder, at_once * shard_images, source.num_classes)
             source.scatter(pa.concat_tables(records), scatter, worker)
@@ -72,7 +72,9 @@ def write_shards(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
                 for first in range(0, len(facts), shard_images):
                     _stop_if_asked(worker)
                     rows = facts.slice(first, shard_images).to_pylist()
-                    source.write_shard(next(part_keys), rows, soft_labels[first : first + shard_images])
+                    number, key = next(parts)
+                    worker.at(f"shards/train/{number:05d}.tar")
+                    source.write_shard(key, rows, soft_labels[first : first + shard_images])
                     done += len(rows)
                     worker.progress(done, total)
     worker.progress(total, total, last=True)
@@ -112,6 +114,7 @@ class _Source:
             if not len(places):
                 continue
             _stop_if_asked(worker)
+            worker.at(self._shards[number].name)
             rows = images[places] - self._starts[number]
             facts = self._facts(number, rows).append_column("copy", pa.array(copies[places]))
             scatter.add(places, facts, read_probabilities(self._store, self._labels, entry, rows))

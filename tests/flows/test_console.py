@@ -3,7 +3,7 @@
 import pytest
 
 from flows import console
-from flows.console import PlainDisplay, training_facts
+from flows.console import Pace, PlainDisplay, progress_line, training_facts
 
 
 def test_a_training_says_loss_agreement_validation_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +23,17 @@ def test_a_training_says_loss_agreement_validation_and_rate(monkeypatch: pytest.
 
 def test_other_stages_say_how_far_they_are_and_no_more() -> None:
     assert training_facts({"done": 1, "total": 2, "unit": "images"}) == ""
+
+
+def test_a_stage_that_begins_to_count_anew_has_a_rate_of_its_new_work() -> None:
+    pace = Pace()
+    reports = [(0, 0.0), (900, 10.0), (0, 20.0), (50, 30.0)]
+    assert [pace.rate({"done": done}, now) for done, now in reports] == [None, 90.0, None, 5.0]
+
+
+def test_time_left_is_said_in_a_fitting_unit() -> None:
+    ends = [
+        progress_line({"done": 0, "total": total, "unit": "images"}, 10.0).split(", ")[-1]
+        for total in (990, 36_000, 360_000)
+    ]
+    assert ends == ["99 s left", "60 min left", "10.0 h left"]

@@ -1,22 +1,14 @@
 """What people do with runs: again, rerun a stage, both orders of work, two at once, under a real Prefect server."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from storage.artifacts import get, list_artifacts
 from storage.objects import Store
 from storage.runs import latest_run, resolve_ref
 from storage.shards import read_index
+from tests.flows.prefect_servers import post
 from tests.flows.runs import TINY, command, contents, run, start
 
 
@@ -106,41 +98,17 @@ def test_an_exported_model_is_loaded_by_timm_alone(finished: Path, tmp_path: Pat
     assert printed.strip().endswith("10 [3, 28, 28] [0.13, 0.13, 0.13] 1.0"), printed
 
 
-@pytest.fixture
-def prefect_server(tmp_path: Path) -> Iterator[str]:
-    """A real Prefect server on a free port; its API's URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    line = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    log = (tmp_path / "server.log").open("w")
-    server = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        deadline = time.monotonic() + 90
-        while not _healthy(url):
-            assert server.poll() is None, (tmp_path / "server.log").read_text()
-            assert time.monotonic() < deadline, "the Prefect server did not start in 90 s"
-            time.sleep(0.3)
-        yield url
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(30)
-        log.close()
-
-
 def test_under_a_prefect_server_reused_stages_end_as_reused_and_new_ones_as_completed(
     finished_copy: Path, tmp_path: Path, prefect_server: str
 ) -> None:
     environment = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path / "prefect")}
     run(command(finished_copy, "--rerun", "report", prefect="server"), **environment)
-    runs = _post(f"{prefect_server}/task_runs/filter", {})
+    runs = post(f"{prefect_server}/task_runs/filter", {})
     states = {task["name"]: task["state"]["name"] for task in runs}
     assert states.pop("report") == "Completed"
     assert len(states) == 8
     assert set(states.values()) == {"Reused"}
-    (flow_run,) = _post(f"{prefect_server}/flow_runs/filter", {})
+    (flow_run,) = post(f"{prefect_server}/flow_runs/filter", {})
     assert flow_run["state"]["name"] == "Completed"
     store = Store(str(finished_copy))
     report = get(store, "report", resolve_ref(store, "digits/report").key)
@@ -166,7 +134,7 @@ def test_one_stage_runs_as_a_flow_of_its_own_and_names_the_inputs_that_are_missi
     environment = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(tmp_path / "prefect")}
     line = [sys.executable, "-m", "flows.cli", "stage", "1/select", "digits", *TINY, "--store", str(finished_copy)]
     run([*line, "select.images_per_class=50", "--prefect", "server"], **environment)
-    (flow_run,) = _post(f"{prefect_server}/flow_runs/filter", {})
+    (flow_run,) = post(f"{prefect_server}/flow_runs/filter", {})
     assert (flow_run["name"], flow_run["state"]["name"]) == ("digits select", "Completed")
     store = Store(str(finished_copy))
     selection = get(store, "selection", resolve_ref(store, "digits/1/select").key)
@@ -183,20 +151,6 @@ def test_every_artifact_carries_what_is_needed_to_reproduce_it(finished: Path) -
         assert manifest.provenance["seconds"] >= 0
         assert set(manifest.provenance["code"]) == {"commit", "dirty"}
         assert str(finished) not in manifest.model_dump_json(), "a root path is no part of an artifact"
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def _post(url: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.loads(answer.read())
 
 
 def test_a_teacher_from_outside_teaches_online_a_student_that_starts_from_it_and_is_fine_tuned(

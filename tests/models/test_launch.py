@@ -100,15 +100,18 @@ def test_bad_input_crosses_as_a_user_error_with_its_message() -> None:
         run_worker(CHILD + "refuse", {})
 
 
-def test_another_error_arrives_with_its_traceback() -> None:
+def test_another_error_arrives_with_its_traceback_and_the_shard_that_it_is_about() -> None:
     with pytest.raises(WorkerFailed) as failure:
         run_worker(CHILD + "finish_later", {"number": 4, "seconds": 0, "error": True})
     assert "ValueError: spec 4 fails" in str(failure.value)
     assert "child_functions.py" in str(failure.value)
+    first, *rest = str(failure.value).splitlines()
+    assert first.endswith("finish_later failed in rank 0 of 1 at shards/train/00003.tar: ValueError: spec 4 fails")
+    assert not any(set(line) <= set(" ^~") for line in rest)
 
 
-def test_a_child_that_vanishes_is_an_error_with_its_exit_code_and_last_words() -> None:
-    with pytest.raises(WorkerFailed, match=r"(?s)exit code 9.*the last words"):
+def test_a_child_that_vanishes_is_an_error_with_its_exit_code_its_shard_and_last_words() -> None:
+    with pytest.raises(WorkerFailed, match=r"(?s)exit code 9 at shards/train/00007.tar;.*the last words"):
         run_worker(CHILD + "vanish", {})
 
 
