@@ -8,7 +8,7 @@ stores junk for dicts and for what may be null. An empty string stands for "not 
 """
 
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
@@ -40,20 +40,27 @@ RerunChoice = Literal[
     "evaluate",
     "report",
 ]
-RECIPE: str = Field("digits", title="Recipe", description="A recipe that the project ships")
-RECIPE_URL: str = Field(
+
+
+def form_field(default: Any, title: str, description: str) -> Any:
+    """The default of a flow's parameter, and how the run form names it (Prefect replaces the title of a plain Field)."""
+    return Field(default, description=description, json_schema_extra={"title": title})
+
+
+RECIPE: str = form_field("digits", "Recipe", "A recipe that the project ships")
+RECIPE_URL: str = form_field(
     "",
-    title="Own recipe",
-    description="Instead of a shipped one: a recipe file on the worker's machine, or its URL (s3://bucket/birds.yaml)",
+    "Own recipe",
+    "Instead of a shipped one: a recipe file on the worker's machine, or its URL (s3://bucket/birds.yaml)",
 )
-OVERRIDES: list[str] = Field(
-    [], title="Overrides", description="Dotted settings, one an entry: student.epochs=30, iterations.2.batch_ratio=28"
+OVERRIDES: list[str] = form_field(
+    [], "Overrides", "Dotted settings, one an entry: student.epochs=30, iterations.2.batch_ratio=28"
 )
-SCALE: str = Field("", title="Scale", description="A scale that the recipe offers, e.g. smoke; empty: in full")
-STORE: str = Field(
+SCALE: str = form_field("", "Scale", "A scale that the recipe offers, e.g. smoke; empty: in full")
+STORE: str = form_field(
     "",
-    title="Store",
-    description=f"Root of the artifacts: s3://bucket/prefix, file:///... or a folder; empty: the worker's NST_STORE, or {DEFAULT_STORE}",
+    "Store",
+    f"Root of the artifacts: s3://bucket/prefix, file:///... or a folder; empty: the worker's NST_STORE, or {DEFAULT_STORE}",
 )
 _display: list[Display] = []
 
@@ -70,8 +77,10 @@ def noisy_student(
     overrides: list[str] = OVERRIDES,
     scale: str = SCALE,
     store: str = STORE,
-    rerun: RerunChoice = Field("nothing", title="Rerun", description="Make this stage, and all that follows, anew"),
-    rerun_iteration: int = Field(-1, title="Rerun iteration", description="Only this iteration's; -1: of all", ge=-1),
+    rerun: RerunChoice = form_field("nothing", "Rerun", "Make this stage, and all that follows, anew"),
+    rerun_iteration: Annotated[int, Field(ge=-1)] = form_field(
+        -1, "Rerun iteration", "Only this iteration's; -1: of all"
+    ),
 ) -> str:
     """A whole Noisy Student experiment; stages that are in the store are reused. Returns the name of the run's record."""
     choice = Rerun("" if rerun == "nothing" else rerun, None if rerun_iteration < 0 else rerun_iteration)
@@ -81,11 +90,11 @@ def noisy_student(
 
 @flow(name="noisy-student-next", flow_run_name="{experiment} next iteration", persist_result=False)
 def next_iteration(
-    experiment: str = Field("digits", title="Experiment", description="The name of one with a finished run"),
-    overrides: list[str] = Field(
+    experiment: str = form_field("digits", "Experiment", "The name of one with a finished run"),
+    overrides: list[str] = form_field(
         [],
-        title="Overrides",
-        description="Of the new iteration, one an entry: student.batch_ratio=28; else it is trained like the latest",
+        "Overrides",
+        "Of the new iteration, one an entry: student.batch_ratio=28; else it is trained like the latest",
     ),
     store: str = STORE,
 ) -> str:

@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -22,7 +21,7 @@ import typer
 
 from flows.experiment import DEFAULT_STORE
 from flows.terminal import StoreOption, console
-from models.launch import WorkerFailed, adopt_orphans, end_children, start_service, stop_process
+from models.launch import Service, WorkerFailed, adopt_orphans, end_children, start_service, stop_process
 from storage.errors import UserError
 from storage.objects import Store
 
@@ -76,7 +75,7 @@ class LocalPrefect:
         self.url = f"http://{HOST}:{port}"
         self._port, self._folder, self._runs = str(port), folder, str(runs)
         self._environment = _environment(self.url, folder, store)
-        self._services: dict[str, subprocess.Popen[str]] = {}
+        self._services: dict[str, Service] = {}
         self._paused = folder / "paused-by-stop"  # the work pool, for as long as its last runs are being stopped
 
     def start(self) -> None:

@@ -4,6 +4,7 @@ Run from code: `select(recipe="digits", iteration=1)`; on the command line: `nst
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 from prefect import flow
 from pydantic import Field
@@ -16,13 +17,12 @@ from flows.iteration import (
     SCALE,
     STORE,
     ShippedRecipe,
+    form_field,
     prefect_stage,
     resolve_flow,
 )
 
-ITERATION: int = Field(
-    1, title="Iteration", description="Which one; the teacher's and the selecting model's is 0", ge=0
-)
+ITERATION: int = form_field(1, "Iteration", "Which one; the teacher's and the selecting model's is 0")
 
 
 def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
@@ -31,7 +31,7 @@ def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
     def run_stage_flow(
         recipe: ShippedRecipe = RECIPE,
         recipe_url: str = RECIPE_URL,
-        iteration: int = ITERATION,
+        iteration: Annotated[int, Field(ge=0)] = ITERATION,
         overrides: list[str] = OVERRIDES,
         scale: str = SCALE,
         store: str = STORE,

@@ -39,7 +39,8 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 
 Record = dict[str, Any]
-Child: TypeAlias = "subprocess.Popen[str] | WarmChild"
+Service: TypeAlias = "subprocess.Popen[str]"
+Child: TypeAlias = "Service | WarmChild"
 
 
 class WorkerFailed(Exception):
@@ -247,9 +248,7 @@ def _finding_this_code(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [root, inherited]))}
 
 
-def start_service(
-    line: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path
-) -> "subprocess.Popen[str]":
+def start_service(line: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> Service:
     """Start a program that works beside this process, in `folder`; what it prints goes to the file `log`.
 
     Ctrl-C reaches this process alone, which stops its services in order (`stop_process`). Where it ends without doing

@@ -83,6 +83,11 @@ def test_the_recipe_is_chosen_from_the_shipped_ones_or_named_by_path_or_url(name
             jsonschema.validate(parameters, schema(FLOWS[name]))
 
 
+def test_a_form_knows_the_least_iteration() -> None:
+    assert schema(STAGE_FLOWS["label"])["properties"]["iteration"]["minimum"] == 0
+    assert schema(noisy_student)["properties"]["rerun_iteration"]["minimum"] == -1
+
+
 def test_rerun_is_chosen_from_the_stages() -> None:
     assert schema(noisy_student)["properties"]["rerun"]["enum"] == ["nothing", *ROLES]
     assert RerunChoice.__args__ == ("nothing", *ROLES)  # type: ignore[attr-defined]
