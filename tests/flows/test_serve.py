@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -42,11 +43,15 @@ class Served:
         self.store, self.state, self.port = store, state, free_port()
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
-        """Start it, and wait until it says that it is ready."""
+    def begin(self) -> "subprocess.Popen[str]":
+        """Start it."""
         options = ["--port", str(self.port), "--store", str(self.store), "--state", str(self.state)]
         self.process = start([sys.executable, "-m", "flows.cli", "serve", *options])
-        wait_for_output(self.process, READY)
+        return self.process
+
+    def start(self) -> None:
+        """Start it, and wait until it says that it is ready."""
+        wait_for_output(self.begin(), READY)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """Send it a signal; its exit code and what it said then."""
@@ -127,6 +132,7 @@ def test_every_flow_is_ready_to_click_and_ctrl_c_leaves_no_process(served: Serve
     found = {d["name"]: d for d in served.call("deployments/filter", {})}
     assert found.keys() == set(shipped)
     assert [schedule["active"] for schedule in found["noisy-student"]["schedules"]] == [False]
+    assert {deployment["global_concurrency_limit"]["limit"] for deployment in found.values()} == {1}
 
     run = served.click("noisy-student", recipe="digits", overrides=list(TINY), rerun="report")
     assert served.wait(run, "Completed")["name"] == "digits"
@@ -152,17 +158,20 @@ def test_every_flow_is_ready_to_click_and_ctrl_c_leaves_no_process(served: Serve
         served.click("noisy-student", recipe="no such recipe")
     assert refused.value.code in (409, 422)
 
-    served.train()
+    run = served.train()
     asked = time.monotonic()
     code, said = served.end(signal.SIGINT)
     assert (code, served.left()) == (0, []), said
     assert "stopping; a run that is at work writes its checkpoint first" in said
     assert time.monotonic() - asked < 60
     assert open_checkpoints(served.store) == 1, served.log()
+    with sqlite3.connect(served.state / "prefect.db") as database:
+        (state,) = database.execute("SELECT state_name FROM flow_run WHERE id = ?", [run]).fetchone()
+    assert state == "Cancelled"
 
 
 def test_killed_it_takes_all_with_it_and_knows_so_the_next_time(served: Served) -> None:
-    """SIGKILL, which it cannot answer; then a start on the same state, and SIGTERM while nothing runs."""
+    """SIGKILL, which it cannot answer; then a start on the same state, whose worker is killed in its turn."""
     run = served.train()
     assert served.process is not None
     os.kill(served.process.pid, signal.SIGKILL)
@@ -176,8 +185,25 @@ def test_killed_it_takes_all_with_it_and_knows_so_the_next_time(served: Served) 
     assert (state["name"], "nst serve was killed" in state["message"]) == ("Crashed", True)
     line = ["serve", "--port", str(free_port()), "--store", str(served.store)]
     assert "another nst serve uses" in nst(*line, "--state", str(served.state), cwd=served.state, code=2)
+
+    served.train()
+    (worker,) = [p for p in psutil.Process(served.process.pid).children() if "worker" in p.cmdline()]
+    worker.kill()
+    said = served.process.communicate(timeout=60)[0]
+    assert (served.process.returncode, served.left()) == (1, []), said
+    assert "Prefect's worker ended with code -9" in said
+
+
+def test_sigterm_while_it_starts_leaves_no_process(tmp_path: Path) -> None:
+    served = Served(tmp_path / "store", tmp_path / "state")
+    served.begin()
+    deadline = time.monotonic() + 60
+    while not (served.state / "server.log").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     code, said = served.end(signal.SIGTERM)
     assert (code, served.left()) == (0, []), said
+    assert READY not in said
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) -> None:
