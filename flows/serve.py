@@ -7,6 +7,7 @@ here loads Prefect. Their state (a SQLite database) and their logs lie in a fold
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -47,6 +48,7 @@ def serve(
 
     Example: nst serve --store s3://team/nst
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell script's `&`
     opened, folder = Store(store), Path(state).expanduser().absolute()
     opened.check_writable()
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,10 +43,10 @@ class Served:
         self.store, self.state, self.port = store, state, free_port()
         self.process: subprocess.Popen[str] | None = None
 
-    def begin(self) -> "subprocess.Popen[str]":
-        """Start it."""
+    def begin(self, *before: str) -> "subprocess.Popen[str]":
+        """Start it, `before` being a command that runs it."""
         options = ["--port", str(self.port), "--store", str(self.store), "--state", str(self.state)]
-        self.process = start([sys.executable, "-m", "flows.cli", "serve", *options])
+        self.process = start([*before, sys.executable, "-m", "flows.cli", "serve", *options])
         return self.process
 
     def start(self) -> None:
@@ -194,14 +194,16 @@ def test_killed_it_takes_all_with_it_and_knows_so_the_next_time(served: Served) 
     assert "Prefect's worker ended with code -9" in said
 
 
-def test_sigterm_while_it_starts_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    """Also SIGINT below a shell that ignores it, as a script does for what it starts with `&`."""
     served = Served(tmp_path / "store", tmp_path / "state")
-    served.begin()
+    served.begin("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
     deadline = time.monotonic() + 60
     while not (served.state / "server.log").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    code, said = served.end(signal.SIGTERM)
+    code, said = served.end(number)
     assert (code, served.left()) == (0, []), said
     assert READY not in said
 
