@@ -48,14 +48,13 @@ def serve(
 
     Example: nst serve --store s3://team/nst
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell script's `&`
     opened, folder = Store(store), Path(state).expanduser().absolute()
     opened.check_writable()
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_user(folder):
         _check_port(port)
         adopt_orphans()
-        local = LocalPrefect(port, folder, opened.url, runs)
+        local = LocalPrefect(port, folder, opened.url, runs, Asked())
         try:
             local.start()
             console.print(f"Prefect's UI:  {local.url}/deployments", highlight=False, soft_wrap=True)
@@ -63,25 +62,46 @@ def serve(
             console.print(f"state, logs:   {folder}", highlight=False, soft_wrap=True)
             console.print("Ctrl-C stops the server, the worker and what it runs", highlight=False)
             local.watch()
-        except KeyboardInterrupt:
+        except Stopped:
             console.print("stopping; a run that is at work writes its checkpoint first", highlight=False)
         finally:
             local.stop()
     console.print("stopped; a run that was cancelled goes on where it was when it is run again", highlight=False)
 
 
+class Stopped(Exception):
+    """Somebody asked us to stop."""
+
+
+class Asked:
+    """Takes note of SIGINT (which a shell script's `&` has ignored) and SIGTERM; a second one raises KeyboardInterrupt.
+
+    The first raises nothing: what a handler raises is lost where Python ignores exceptions, such as in its hooks at a fork.
+    """
+
+    def __init__(self) -> None:
+        self.times = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.times += 1
+        if self.times > 1:
+            raise KeyboardInterrupt
+
+
 class LocalPrefect:
     """Server and worker as services of this process. `stop` after `start`, whether that succeeded or not."""
 
-    def __init__(self, port: int, folder: Path, store: str, runs: int) -> None:
+    def __init__(self, port: int, folder: Path, store: str, runs: int, asked: Asked) -> None:
         self.url = f"http://{HOST}:{port}"
-        self._port, self._folder, self._runs = str(port), folder, str(runs)
+        self._port, self._folder, self._runs, self._asked = str(port), folder, str(runs), asked
         self._environment = _environment(self.url, folder, store)
         self._services: dict[str, Service] = {}
         self._paused = folder / "paused-by-stop"  # the work pool, for as long as its last runs are being stopped
 
     def start(self) -> None:
-        """Start the server, then the worker, then deploy. Raises WorkerFailed with the log's end where one fails."""
+        """Start the server, then the worker, then deploy. Raises Stopped, or WorkerFailed with the log of what failed."""
         self._start("server", "server", "start", "--host", HOST, "--port", self._port)
         self._wait_for("server", lambda: self._call("GET", "health") is True)
         self._clear_up()
@@ -95,7 +115,7 @@ class LocalPrefect:
         del self._services["deploy"]
 
     def watch(self) -> None:
-        """Return never: raises WorkerFailed where server or worker ends by itself."""
+        """Return never: raises Stopped when asked to, WorkerFailed where server or worker ends by itself."""
         while True:
             self._check()
             time.sleep(POLL_S)
@@ -168,6 +188,8 @@ class LocalPrefect:
             time.sleep(POLL_S)
 
     def _check(self) -> None:
+        if self._asked.times:
+            raise Stopped
         for name in ("server", "worker"):
             service = self._services.get(name)
             if service is not None and service.poll() is not None:

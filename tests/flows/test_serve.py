@@ -198,14 +198,18 @@ def test_killed_it_takes_all_with_it_and_knows_so_the_next_time(served: Served) 
 def test_a_signal_while_it_starts_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     """Also SIGINT below a shell that ignores it, as a script does for what it starts with `&`."""
     served = Served(tmp_path / "store", tmp_path / "state")
-    served.begin("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
-    deadline = time.monotonic() + 60
-    while not (served.state / "server.log").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    code, said = served.end(number)
-    assert (code, served.left()) == (0, []), said
-    assert READY not in said
+    process = served.begin("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+    try:
+        deadline = time.monotonic() + 60
+        while not (served.state / "server.log").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        code, said = served.end(number)
+        assert (code, served.left()) == (0, []), said
+        assert READY not in said
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) -> None:
