@@ -3,6 +3,7 @@
 nst demo                                a whole experiment on real digits, minutes on a CPU
 nst plan digits student.epochs=40       what would run, and why
 nst run deployments/recipes/cifar10.yaml data.root=../shared/data --scale smoke
+nst serve                               Prefect's server, a worker and all deployments on this machine
 """
 
 import json
@@ -10,15 +11,16 @@ import os
 import signal
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import inspect_commands, store_commands
-from flows.driver import Rerun, find_node, resolve_run
-from flows.experiment import load_experiment
+from flows import inspect_commands, serve, store_commands
+from flows.driver import Rerun, Run, find_node, resolve_run
+from flows.experiment import DEFAULT_STORE, load_experiment
+from flows.next import next_run
 from flows.terminal import (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -62,7 +64,7 @@ def demo(store: StoreOption = "demo-store", prefect: PrefectOption = PrefectMode
 def run(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    store: StoreOption = "nst-store",
+    store: StoreOption = DEFAULT_STORE,
     rerun: RerunOption = "nothing",
     scale: ScaleOption = "",
     prefect: PrefectOption = PrefectMode.ephemeral,
@@ -74,34 +76,62 @@ def run(
     from flows.console import make_display
 
     choice = Rerun.parse(rerun)
-    load_experiment(recipe, overrides or (), scale)  # a typo ends here, before Prefect starts
+    experiment = load_experiment(recipe, overrides or (), scale)  # a typo ends here, before Prefect starts
     store_root = Store(store)
     store_root.check_writable()
     display = make_display(console)
     if prefect is PrefectMode.off:
-        name = _run_plain(recipe, overrides or [], store_root, choice, scale, display)
+        name = _run_plain(resolve_run(experiment, recipe, store_root, choice), display)
     else:
         _set_up_prefect(prefect)
-        from flows.iteration import noisy_student, show_on
+        from flows.iteration import noisy_student, recipe_parameters, show_on
 
         show_on(display)
-        iteration = -1 if choice.iteration is None else choice.iteration
-        role: Any = choice.role or "nothing"
-        name = noisy_student(recipe, overrides or [], store_root.url, role, iteration, scale)
-    _print_results(store_root, name, as_json=False)
-    report = _node_manifest(store_root, name, "report")
-    if report is not None:
-        place = store_root.location(report.file("report.html").path)
-        copy = "" if store_root.root else f"  (nst report {name} --store {store} saves a copy)"
-        console.print(f"report: {place}{copy}", highlight=False, soft_wrap=True)
-    console.print(f"again:  nst results {name} --store {store}", highlight=False)
+        name = noisy_student(
+            **recipe_parameters(recipe),
+            overrides=overrides or [],
+            scale=scale,
+            store=store_root.url,
+            rerun=cast(Any, choice.role or "nothing"),
+            rerun_iteration=-1 if choice.iteration is None else choice.iteration,
+        )
+    _print_end_of_run(store_root, name, store)
+
+
+@app.command(name="next")
+def next_iteration(
+    experiment: Annotated[str, typer.Argument(help="The name of an experiment with a finished run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the new iteration, e.g. student.batch_ratio=28.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    prefect: PrefectOption = PrefectMode.ephemeral,
+) -> None:
+    """Add an iteration to an experiment's newest finished run, taught by its latest student; all else is reused.
+
+    Example: nst next digits student.epochs=300
+    """
+    from flows.console import make_display
+
+    store_root = Store(store)
+    run = next_run(store_root, experiment, overrides or ())  # a typo ends here, before Prefect starts
+    display = make_display(console)
+    if prefect is PrefectMode.off:
+        name = _run_plain(run, display)
+    else:
+        _set_up_prefect(prefect)
+        from flows import iteration
+
+        iteration.show_on(display)
+        name = iteration.next_iteration(experiment, overrides or [], store_root.url)
+    _print_end_of_run(store_root, name, store)
 
 
 @app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    store: StoreOption = "nst-store",
+    store: StoreOption = DEFAULT_STORE,
     rerun: RerunOption = "nothing",
     scale: ScaleOption = "",
     as_json: JsonOption = False,
@@ -137,7 +167,7 @@ def plan(
 @app.command()
 def results(
     run_name: Annotated[str, typer.Argument(metavar="RUN", help="An experiment (its newest run) or EXPERIMENT/N.")],
-    store: StoreOption = "nst-store",
+    store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
     """Print the table of a run: one record a model.
@@ -152,7 +182,7 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="prepare, report, or ITERATION/ROLE such as 2/select.")],
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    store: StoreOption = "nst-store",
+    store: StoreOption = DEFAULT_STORE,
     scale: ScaleOption = "",
     prefect: PrefectOption = PrefectMode.ephemeral,
 ) -> None:
@@ -168,12 +198,18 @@ def stage(
         _stage_plain(name, recipe, overrides or [], Store(store), scale)
         return
     _set_up_prefect(prefect)
-    from flows.iteration import show_on
+    from flows.iteration import recipe_parameters, show_on
     from flows.stages import STAGE_FLOWS
 
     iteration, _, role = name.rpartition("/")
     show_on(make_display(console))
-    STAGE_FLOWS[role](recipe, int(iteration or 0), overrides or [], Store(store).url, scale)
+    STAGE_FLOWS[role](
+        **recipe_parameters(recipe),
+        iteration=int(iteration or 0),
+        overrides=overrides or [],
+        scale=scale,
+        store=Store(store).url,
+    )
 
 
 def main() -> None:
@@ -232,12 +268,10 @@ def _set_up_prefect(mode: PrefectMode) -> None:
         )
 
 
-def _run_plain(recipe: str, overrides: list[str], store: Store, rerun: Rerun, scale: str, display: Any) -> str:
+def _run_plain(run: Run, display: Any) -> str:
     from flows.console import shown
     from flows.driver import execute
     from tasks.stage import StageOutcome, StageRequest, run_stage
-
-    run = resolve_run(load_experiment(recipe, overrides, scale), recipe, store, rerun)
 
     def do_stage(request: StageRequest) -> StageOutcome:
         return shown(request, display, lambda: run_stage(request, display.progress))
@@ -253,6 +287,17 @@ def _stage_plain(name: str, recipe: str, overrides: list[str], store: Store, sca
     display = make_display(console)
     run = resolve_run(load_experiment(recipe, overrides, scale), recipe, store, Rerun())
     execute_one(run, name, lambda r: shown(r, display, lambda: run_stage(r, display.progress)))
+
+
+def _print_end_of_run(store_root: Store, name: str, store: str) -> None:
+    """The table of a run that has ended, where its report lies, how to see this again. `store`: as the user wrote it."""
+    _print_results(store_root, name, as_json=False)
+    report = _node_manifest(store_root, name, "report")
+    if report is not None:
+        place = store_root.location(report.file("report.html").path)
+        copy = "" if store_root.root else f"  (nst report {name} --store {store} saves a copy)"
+        console.print(f"report: {place}{copy}", highlight=False, soft_wrap=True)
+    console.print(f"again:  nst results {name} --store {store}", highlight=False)
 
 
 def _print_results(store: Store, run_name: str, as_json: bool) -> None:
@@ -272,7 +317,7 @@ def _node_manifest(store: Store, run_name: str, node: str) -> Any:
     return find(store, record.kind, record.key) if record else None
 
 
-for command in (*store_commands.COMMANDS, *inspect_commands.COMMANDS):
+for command in (serve.serve, *store_commands.COMMANDS, *inspect_commands.COMMANDS):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from flows.overrides import apply_override, explain, split_override
 from models.compute import ComputeConfig
 from models.configs import TrainConfig
 from storage.errors import UserError
+from storage.external import ExternalFolder
 from storage.keys import Config
 from tasks.evaluate import EvaluateConfig
 from tasks.ingest import DataConfig
@@ -25,6 +26,7 @@ from tasks.label import LabelConfig
 from tasks.selection.config import SelectConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "deployments" / "recipes"
+DEFAULT_STORE = "nst-store"  # a folder where the command runs
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 TRAIN_PARTS = ("teacher", "student", "selector")
 
@@ -124,18 +126,17 @@ class Experiment(Config):
 
 
 def load_experiment(recipe: str, overrides: Sequence[str] = (), scale: str = "") -> Experiment:
-    """Read a recipe (a path, or the name of a shipped one), apply a scale and overrides, check everything.
+    """Read a recipe (a path, a URL, or the name of a shipped one), apply a scale and overrides, check everything.
 
     Touches nothing but the recipe file. Raises UserError naming file, field and remedy.
     """
-    path = find_recipe(recipe)
-    raw = _read_yaml(path)
+    name, raw = _read_remote(recipe) if "://" in recipe else _read_local(recipe)
     scales = raw.pop("scales", None) or {}
     if scale:
         if scale not in scales:
-            raise UserError(f"{path.name}: no scale {scale!r}; it offers {', '.join(scales) or 'none'}")
+            raise UserError(f"{name}: no scale {scale!r}; it offers {', '.join(scales) or 'none'}")
         for dotted, value in scales[scale].items():
-            apply_override(Recipe, raw, dotted, value, path.name)
+            apply_override(Recipe, raw, dotted, value, name)
     for text in overrides:
         dotted, value = split_override(text)
         if dotted.partition(".")[0] == "scales":
@@ -143,7 +144,12 @@ def load_experiment(recipe: str, overrides: Sequence[str] = (), scale: str = "")
                 f"override {text!r}: a scale is part of the recipe; edit it there and choose it with --scale"
             )
         apply_override(Recipe, raw, dotted, value, "override")
-    return resolve(raw, path.name)
+    return resolve(raw, name)
+
+
+def shipped_recipes() -> tuple[str, ...]:
+    """The names of the recipes that come with the project."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 
 def find_recipe(recipe: str) -> Path:
@@ -151,8 +157,7 @@ def find_recipe(recipe: str) -> Path:
     for candidate in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if candidate.is_file():
             return candidate
-    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise UserError(f"recipe {recipe!r} is no file and no shipped recipe; shipped: {shipped}")
+    raise UserError(f"recipe {recipe!r} is no file and no shipped recipe; shipped: {', '.join(shipped_recipes())}")
 
 
 def resolve(raw: dict[str, Any], where: str) -> Experiment:
@@ -210,18 +215,46 @@ def _says(value: Any, steps: list[str]) -> bool:
     return True
 
 
+def _read_local(recipe: str) -> tuple[str, dict[str, Any]]:
+    path = find_recipe(recipe)
+    return path.name, _read_yaml(path)
+
+
+def _read_remote(url: str) -> tuple[str, dict[str, Any]]:
+    """A recipe by its URL. It stands alone: what it may lie upon would have to be looked for beside it."""
+    folder, _, name = url.rpartition("/")
+    place = ExternalFolder(folder, "recipe")
+    found = [file for file in place.find(name) if file.name == name]
+    if not found:
+        raise UserError(f"recipe {url}: there is no such file; give its URL, the path of a file, or a shipped recipe")
+    raw = _parse(place.read(found[0]), url)
+    if "base" in raw:
+        raise UserError(f"recipe {url}: base={raw['base']!r} is read beside files only; write the recipe out in one")
+    return name, raw
+
+
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raw = _parse(path.read_bytes(), str(path))
+    except OSError as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is empty or no mapping; a recipe needs at least name, data, train, iterations")
     if "base" in raw:
         raw = merge(_read_base(path, raw.pop("base"), (*above, path.resolve())), raw)
+    return raw
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    """A recipe's YAML, its form checked as far as the scales. Raises UserError."""
+    try:
+        raw = yaml.safe_load(data.decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} is empty or no mapping; a recipe needs at least name, data, train, iterations")
     scales = raw.get("scales") or {}
     if not isinstance(scales, dict) or not all(isinstance(fields, dict) for fields in scales.values()):
-        raise UserError(f"{path.name}: scales must map a name to dotted fields, e.g. {{smoke: {{teacher.epochs: 1}}}}")
+        name = where.rpartition("/")[2]
+        raise UserError(f"{name}: scales must map a name to dotted fields, e.g. {{smoke: {{teacher.epochs: 1}}}}")
     return raw
 
 

@@ -1,20 +1,32 @@
 """The experiment's loop as a Prefect flow: teacher, then label, select, student, evaluate for each iteration, report.
 
-Run from code: `noisy_student(recipe="digits", overrides=[], store="nst-store", rerun="nothing")`.
+Run from code: `noisy_student(recipe="digits", overrides=[], store="nst-store")`, then one more iteration on top of what
+it made: `next_iteration(experiment="digits", overrides=["student.epochs=300"], store="nst-store")`.
+
+Parameters are what the run form in Prefect's UI shows, so they are strings, numbers, lists and choices only: the form
+stores junk for dicts and for what may be null. An empty string stands for "not set".
 """
 
-from typing import Any, Literal
+import os
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.console import Display, PlainDisplay, shown
 from flows.driver import Rerun, Run, execute, resolve_run
-from flows.experiment import load_experiment
+from flows.experiment import DEFAULT_STORE, load_experiment, shipped_recipes
+from flows.next import next_run
 from flows.ui_artifacts import RunPages
 from storage.objects import Store
 from tasks.stage import StageOutcome, StageRequest, stage_task
+
+if TYPE_CHECKING:
+    ShippedRecipe = str
+else:
+    ShippedRecipe = Literal[shipped_recipes()]  # a select in the form: a new recipe file is one more choice
 
 RerunChoice = Literal[
     "nothing",
@@ -29,12 +41,28 @@ RerunChoice = Literal[
     "evaluate",
     "report",
 ]
-RECIPE = Field("digits", title="Recipe", description="A shipped recipe's name, or the path of your own")
-OVERRIDES: list[str] = Field([], title="Overrides", description="One a line, e.g. student.epochs=30")
-STORE = Field(
-    "nst-store", title="Store", description="Root URL of the artifacts: s3://bucket/prefix, file:///... or a folder"
+
+
+def form_field(default: Any, title: str, description: str) -> Any:
+    """The default of a flow's parameter, and how the run form names it (Prefect replaces the title of a plain Field)."""
+    return Field(default, description=description, json_schema_extra={"title": title})
+
+
+RECIPE: str = form_field("digits", "Recipe", "A recipe that the project ships")
+RECIPE_URL: str = form_field(
+    "",
+    "Own recipe",
+    "Instead of a shipped one: a recipe file on the worker's machine, or its URL (s3://bucket/birds.yaml)",
 )
-SCALE = Field("", title="Scale", description="A scale that the recipe offers, e.g. smoke; empty: in full")
+OVERRIDES: list[str] = form_field(
+    [], "Overrides", "Dotted settings, one an entry: student.epochs=30, iterations.2.batch_ratio=28"
+)
+SCALE: str = form_field("", "Scale", "A scale that the recipe offers, e.g. smoke; empty: in full")
+STORE: str = form_field(
+    "",
+    "Store",
+    f"Root of the artifacts: s3://bucket/prefix, file:///... or a folder; empty: the worker's NST_STORE, or {DEFAULT_STORE}",
+)
 _display: list[Display] = []
 
 
@@ -45,18 +73,64 @@ def show_on(display: Display) -> None:
 
 @flow(name="noisy-student", flow_run_name="{recipe}", persist_result=False)
 def noisy_student(
-    recipe: str = RECIPE,
+    recipe: ShippedRecipe = RECIPE,
+    recipe_url: str = RECIPE_URL,
     overrides: list[str] = OVERRIDES,
-    store: str = STORE,
-    rerun: RerunChoice = Field("nothing", title="Rerun", description="Make this stage, and all that follows, anew"),
-    rerun_iteration: int = Field(-1, title="Rerun iteration", description="Only this iteration's; -1: of all", ge=-1),
     scale: str = SCALE,
+    store: str = STORE,
+    rerun: RerunChoice = form_field("nothing", "Rerun", "Make this stage, and all that follows, anew"),
+    rerun_iteration: Annotated[int, Field(ge=-1)] = form_field(
+        -1, "Rerun iteration", "Only this iteration's; -1: of all"
+    ),
 ) -> str:
     """A whole Noisy Student experiment; stages that are in the store are reused. Returns the name of the run's record."""
-    experiment = load_experiment(recipe, overrides, scale)
     choice = Rerun("" if rerun == "nothing" else rerun, None if rerun_iteration < 0 else rerun_iteration)
-    run = resolve_run(experiment, recipe, Store(store), choice, str(flow_run.id or ""))
+    run = resolve_flow(recipe, recipe_url, overrides, scale, store, choice)
     return execute(run, prefect_stage(run)).name
+
+
+@flow(name="noisy-student-next", flow_run_name="{experiment} next iteration", persist_result=False)
+def next_iteration(
+    experiment: str = form_field("digits", "Experiment", "The name of one with a finished run"),
+    overrides: list[str] = form_field(
+        [],
+        "Overrides",
+        "Of the new iteration, one an entry: student.batch_ratio=28; else it is trained like the latest",
+    ),
+    store: str = STORE,
+) -> str:
+    """One more iteration on top of an experiment's newest finished run, taught by its latest student.
+
+    Former stages are reused. Returns the name of the run's record.
+    """
+    run = next_run(open_store(store), experiment, overrides, str(flow_run.id or ""))
+    return execute(run, prefect_stage(run)).name
+
+
+def resolve_flow(
+    recipe: str, recipe_url: str, overrides: list[str], scale: str, store: str, rerun: Rerun, role: str = ""
+) -> Run:
+    """What a flow was asked for, made concrete; a wrong setting ends here, before the store or any image is touched.
+
+    A run of one's own recipe is called after its experiment (and role): Prefect knows the shipped recipe's name only.
+    """
+    chosen = recipe_url.strip() or recipe
+    experiment = load_experiment(chosen, overrides, scale)
+    identity = str(flow_run.id or "")
+    if recipe_url.strip() and identity:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(flow_run.id, name=f"{experiment.name} {role}".strip())
+    return resolve_run(experiment, chosen, open_store(store), rerun, identity)
+
+
+def open_store(store: str) -> Store:
+    """The store that a flow was given; for an empty one what NST_STORE says where the flow runs, else a folder there."""
+    return Store(store.strip() or os.environ.get("NST_STORE") or DEFAULT_STORE)
+
+
+def recipe_parameters(recipe: str) -> dict[str, str]:
+    """How a recipe, by its name or path, is given to a flow."""
+    return {"recipe": recipe} if recipe in shipped_recipes() else {"recipe_url": recipe}
 
 
 def prefect_stage(run: Run) -> Any:

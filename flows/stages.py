@@ -4,33 +4,40 @@ Run from code: `select(recipe="digits", iteration=1)`; on the command line: `nst
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 from prefect import flow
-from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.driver import Rerun, execute_one, resolve_run
-from flows.experiment import load_experiment
-from flows.iteration import OVERRIDES, RECIPE, SCALE, STORE, prefect_stage
-from storage.objects import Store
+from flows.driver import Rerun, execute_one
+from flows.iteration import (
+    OVERRIDES,
+    RECIPE,
+    RECIPE_URL,
+    SCALE,
+    STORE,
+    ShippedRecipe,
+    form_field,
+    prefect_stage,
+    resolve_flow,
+)
 
-ITERATION = Field(1, title="Iteration", description="Which one; the teacher's and the selecting model's is 0", ge=0)
+ITERATION: int = form_field(1, "Iteration", "Which one; the teacher's and the selecting model's is 0")
 
 
 def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
     """The flow of one stage. Its inputs must be in the store; it returns the artifact's key."""
 
     def run_stage_flow(
-        recipe: str = RECIPE,
-        iteration: int = ITERATION,
+        recipe: ShippedRecipe = RECIPE,
+        recipe_url: str = RECIPE_URL,
+        iteration: Annotated[int, Field(ge=0)] = ITERATION,
         overrides: list[str] = OVERRIDES,
-        store: str = STORE,
         scale: str = SCALE,
+        store: str = STORE,
     ) -> str:
         name = role if role in ("prepare", "unlabeled", "report") else f"{iteration}/{role}"
-        run = resolve_run(
-            load_experiment(recipe, overrides, scale), recipe, Store(store), Rerun(), str(flow_run.id or "")
-        )
+        run = resolve_flow(recipe, recipe_url, overrides, scale, store, Rerun(), role)
         return execute_one(run, name, prefect_stage(run)).manifest.key
 
     run_stage_flow.__name__ = role

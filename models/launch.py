@@ -2,6 +2,8 @@
 
 A single child that needs torch is forked by a warm parent (models/warm.py), which this process starts once.
 
+Programs that work beside this process (Prefect's server and worker, flows/serve.py) are started here too, as services.
+
 Children speak in lines: those that begin with `@nst ` carry one JSON record (progress, result, error), all others are
 log. A child's output is always piped, because one that inherits stdout can hold a dead flow open; a child dies with
 its parent (models/worker.py), and gets `GRACE_S` to write a checkpoint when it is asked to stop.
@@ -9,6 +11,7 @@ its parent (models/worker.py), and gets `GRACE_S` to write a checkpoint when it 
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import util
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -33,10 +36,12 @@ GRACE_S = 25.0  # Prefect kills a cancelled flow after 30 s
 CLOSE_S = 1.0
 LAST_LINES = 30
 STOPPED_EXIT_CODE = 143
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 
 Record = dict[str, Any]
-Child: TypeAlias = "subprocess.Popen[str] | WarmChild"
+Service: TypeAlias = "subprocess.Popen[str]"
+Child: TypeAlias = "Service | WarmChild"
 
 
 class WorkerFailed(Exception):
@@ -235,11 +240,68 @@ def child_environment(threads: int) -> dict[str, str]:
     environment[ANSWERED] = "1"  # a child waits longer for a store that is away: its parent has spoken to it
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     ask_for_huge_pages(environment)
+    return _finding_this_code(environment)
+
+
+def _finding_this_code(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which Python imports this checkout's packages, from any working directory."""
     root = str(Path(__file__).resolve().parent.parent)
     inherited = environment.get("PYTHONPATH", "")
-    if root not in inherited.split(os.pathsep):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, inherited]))
-    return environment
+    if root in inherited.split(os.pathsep):
+        return dict(environment)
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [root, inherited]))}
+
+
+def start_service(line: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> Service:
+    """Start a program that works beside this process, in `folder`; what it prints goes to the file `log`.
+
+    Ctrl-C reaches this process alone, which stops its services in order (`stop_process`). Where it ends without doing
+    so, killed for instance, they get SIGTERM (Linux).
+    """
+    libc = ctypes.CDLL(None)
+
+    def before_program() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored below a shell script's `&`, and so in all children
+        if sys.platform == "linux":
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    with log.open("w") as output:
+        return subprocess.Popen(
+            list(line),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_finding_this_code(environment),
+            cwd=folder,
+            text=True,
+            start_new_session=True,
+            preexec_fn=before_program,
+        )
+
+
+def adopt_orphans() -> None:
+    """Have what this process's children leave behind become its own children, for `end_children` to find (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_children() -> None:
+    """Kill every child of this process, and theirs where `adopt_orphans` was called; returns when they are gone."""
+    while children := _children_of(os.getpid()):
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children_of(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def make_room_for_sockets() -> None:

@@ -16,10 +16,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from models.launch import RECORD_PREFIX, STOPPED_EXIT_CODE
+from models.launch import PR_SET_PDEATHSIG, RECORD_PREFIX, STOPPED_EXIT_CODE
 from storage.errors import UserError, explained
 
-PR_SET_PDEATHSIG = 1
 PROGRESS_INTERVAL_S = 0.3
 
 

@@ -127,6 +127,13 @@ def count(store: Path, prefix: str, suffix: str = "") -> int:
     return sum(path.endswith(suffix) for path in Store(str(store)).paths(prefix)) if store.exists() else 0
 
 
+def open_checkpoints(store: Path) -> int:
+    """Checkpoints of models that are not committed."""
+    opened = Store(str(store))
+    paths = [p for p in opened.paths("artifacts/model") if p.endswith(".pt")]
+    return sum(not opened.exists("/".join(p.split("/")[:3]) + "/manifest.json") for p in paths)
+
+
 def contents(store: Path | str) -> dict[str, dict[str, str]]:
     """The sha256 of every file of every artifact, by artifact and logical name."""
     artifacts = list_artifacts(Store(str(store)))

@@ -226,6 +226,17 @@ def test_an_unknown_recipe_names_the_shipped_ones() -> None:
         load_experiment("nowhere")
 
 
+def test_a_recipe_may_be_given_by_its_url(tmp_path: Path) -> None:
+    url = Path(write_recipe(tmp_path)).as_uri()
+    assert epochs(load_experiment(url, ["student.epochs=3"], "smoke")) == [1.0, 3.0, 3.0]
+    for wrong, expected in ((url.replace("tiny", "gone"), "there is no such file"), ("ftp://x/y.yaml", "'ftp'")):
+        with pytest.raises(UserError, match=expected):
+            load_experiment(wrong)
+    write_recipe(tmp_path, f"base: low.yaml\n{RECIPE}")
+    with pytest.raises(UserError, match="base='low.yaml' is read beside files only"):
+        load_experiment(url)
+
+
 def test_a_scale_is_applied_below_the_overrides(tmp_path: Path) -> None:
     assert epochs(load(tmp_path, scale="smoke")) == [1.0, 2.0, 2.0]
     assert [config.batch_ratio for config in load(tmp_path, scale="smoke").iterations] == [4.0, 1.0]

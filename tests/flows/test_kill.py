@@ -5,8 +5,7 @@ That finished parts are not made again is tested stage by stage (tests/tasks, te
 
 from pathlib import Path
 
-from storage.objects import Store
-from tests.flows.runs import command, contents, count, kill_when, run, start, wait_for_output
+from tests.flows.runs import command, contents, count, kill_when, open_checkpoints, run, start, wait_for_output
 
 
 def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_one(
@@ -26,7 +25,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_o
     assert count(store, "refs/digits/1/label") == 0
     kill_when(line, lambda: count(store, "parts/select", ".json") >= 2)
     assert count(store, "refs/digits/1/select") == 0
-    kill_when(line, lambda: count(store, "refs/digits/1/select") > 0 and _student_checkpoints(store) >= 1)
+    kill_when(line, lambda: count(store, "refs/digits/1/select") > 0 and open_checkpoints(store) >= 1)
     kill_when(line, lambda: count(store, "refs/digits/1/evaluate") >= 1)  # report
     assert count(store, "refs/digits/report") == 0
     output = run(line)
@@ -45,12 +44,5 @@ def test_a_terminated_training_writes_a_checkpoint_and_leaves_no_process(finishe
     child.terminate()
     output, _ = child.communicate(timeout=60)
     assert child.returncode == 143, output
-    assert _student_checkpoints(store) == 1
+    assert open_checkpoints(store) == 1
     assert [process for process in family if process.is_running()] == []
-
-
-def _student_checkpoints(store: Path) -> int:
-    """Checkpoints of models that are not committed."""
-    opened = Store(str(store))
-    paths = [p for p in opened.paths("artifacts/model") if p.endswith(".pt")]
-    return sum(not opened.exists("/".join(p.split("/")[:3]) + "/manifest.json") for p in paths)

@@ -2,7 +2,6 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -10,13 +9,13 @@ from rich.console import Console
 from flows.console import planned_selection
 from flows.driver import Rerun, Run, execute_node, find_node, resolve_run
 from flows.plan import PlannedSelection, PlanRow, make_plan
-from storage.artifacts import Manifest, commit
+from storage.artifacts import commit
 from storage.errors import UserError
 from storage.runs import record_run
 from tasks import train
 from tasks.selection.rules import DECISIONS
 from tests.flows.runs import nst_in_one_process
-from tests.flows.tiny import Project
+from tests.flows.tiny import Project, finish
 from tests.real_images import pngs, write_images
 from tests.tasks.selection.predicted import Row, publish_predictions
 
@@ -25,28 +24,6 @@ from tests.tasks.selection.predicted import Row, publish_predictions
 def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setenv("NST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     return Project(tmp_path)
-
-
-def finish(run: Run, *names: str, **provenance: Any) -> Run:
-    """Record the run, and commit an artifact without files for the named stages, or for all."""
-    record_run(run.store, run.draft_record())
-    for name in names or run.records:
-        r = run.records[name]
-        commit(
-            run.store,
-            Manifest(
-                kind=r.kind,
-                key=r.key,
-                stage=r.stage,
-                stage_version=r.version,
-                config=r.config,
-                inputs=r.inputs,
-                files=(),
-                metrics={"class_names": ["cat", "dog", "owl"]},
-                provenance=provenance,
-            ),
-        )
-    return run
 
 
 def plan(run: Run) -> dict[str, PlanRow]:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from deployments.seaweedfs import SECRET_KEY, S3Server
+from flows.experiment import load_experiment
 from storage.artifacts import get, list_artifacts
+from storage.errors import UserError
 from storage.external import ExternalFolder
 from storage.objects import Store
 from storage.runs import resolve_ref
@@ -106,6 +108,13 @@ def test_images_that_are_missing_in_the_bucket_are_named_before_any_work(s3: str
     error = nst("run", recipe, *options, cwd=tmp_path, code=2)
     assert f"nothing matches 'labeled.parquet' in {s3}/nothing" in error.replace("\n", "")
     assert Store(s3).paths("store/artifacts") == []
+
+
+def test_a_recipe_may_lie_in_the_bucket(s3: str, tmp_path: Path) -> None:
+    Store(s3).put_file(Path(write_recipe(tmp_path, RECIPE)), "recipes/tiny.yaml")
+    assert load_experiment(f"{s3}/recipes/tiny.yaml", ["student.epochs=3"]).iterations[0].epochs == 3.0
+    with pytest.raises(UserError, match="there is no such file"):
+        load_experiment(f"{s3}/recipes/gone.yaml")
 
 
 def test_a_bucket_that_may_only_be_read_serves_readers_and_stops_a_run_at_once(
