@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ HOST, POOL = "127.0.0.1", "default"  # the pool that prefect.yaml names
 START_S = 180.0  # a machine that has just installed everything reads it from disk first
 CANCEL_S = 45.0  # a run has 30 s from Prefect to write its checkpoint
 POLL_S = 0.3
+BUSY_S = 10.0  # SQLite under a burst of requests
 LOG_LINES = 30
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 
@@ -200,14 +202,24 @@ class LocalPrefect:
         return "\n".join([*path.read_text(errors="replace").splitlines()[-LOG_LINES:], f"(all of it: {path})"])
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One request to the server's API; the answer, None where it is empty. Raises OSError."""
+        """One request to the server's API; the answer, None where it is empty. Raises OSError.
+
+        A database that is busy, for which the server answers 503, is asked again for `BUSY_S`.
+        """
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/api/{path}", data, headers, method=method)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(request, timeout=10) as answer:
-            content = answer.read()
-        return json.loads(content) if content else None
+        deadline = time.monotonic() + BUSY_S
+        while True:
+            try:
+                with direct.open(request, timeout=10) as answer:
+                    content = answer.read()
+                return json.loads(content) if content else None
+            except urllib.error.HTTPError as error:
+                if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_S)
 
 
 def _environment(url: str, folder: Path, store: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ Only what is asked for is imported. A tracker gets `log(step, row)` with plain n
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,8 +45,11 @@ class _TensorBoard:
     def __init__(self, _run: str, folder: Path, first_step: int, _config: dict[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        # what an attempt that was killed wrote past its last checkpoint is hidden
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        # what an attempt that was killed wrote past its last checkpoint is hidden; a file's name is otherwise the second
+        # in which it was opened, and a resume within that second would write over the file of the attempt before
+        own = f".{first_step:09d}.{os.getpid()}"
+        purged = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purged, filename_suffix=own)
 
     def log(self, step: int, row: dict[str, float]) -> None:
         for name, value in row.items():

@@ -66,8 +66,15 @@ class Served:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/api/{path}", data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.loads(answer.read())
+        for _ in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    return json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # SQLite is busy; Prefect's own client asks again too
+                    raise
+            time.sleep(1)
+        raise AssertionError(f"the server's database was busy all the time: {path}")
 
     def click(self, deployment: str, **parameters: Any) -> str:
         """Ask for a run of a deployment, as the form does; the run's id."""
