@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak -q
 	$(BIN)/python benchmarks/gain.py --seeds 5
 	$(BIN)/python -m benchmarks.soak_kill --store file
 	$(BIN)/python -m benchmarks.soak_kill --store s3

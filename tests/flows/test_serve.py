@@ -134,6 +134,7 @@ def served(finished_copy: Path, tmp_path: Path) -> Iterator[Served]:
             found.process.wait()
 
 
+@pytest.mark.soak
 def test_every_flow_is_ready_to_click_and_ctrl_c_leaves_no_process(served: Served, tmp_path: Path) -> None:
     shipped = [d["name"] for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]]
     found = {d["name"]: d for d in served.call("deployments/filter", {})}
@@ -177,6 +178,7 @@ def test_every_flow_is_ready_to_click_and_ctrl_c_leaves_no_process(served: Serve
     assert state == "Cancelled"
 
 
+@pytest.mark.soak
 def test_killed_it_takes_all_with_it_and_knows_so_the_next_time(served: Served) -> None:
     """SIGKILL, which it cannot answer; then a start on the same state, whose worker is killed in its turn."""
     run = served.train()
