@@ -347,6 +347,13 @@ def _contenders(
 ) -> dict[str, Contender]:
     """All of them, set up and waiting; timm with those of its flags that were fastest in a turn of half the length."""
     timing = {"warm": WARM_STEPS, "seconds": options.seconds, "device": options.device}
+    if options.ranks:
+        return {
+            name: Contender(
+                folder, name, "our_training", {**spec(options, folder, dataset, numerics, ranks, 2), **timing}, ranks
+            )
+            for name, ranks in zip(TWO, (1, 2), strict=True)
+        }
     peer = {
         **timing,
         "model": options.model,
