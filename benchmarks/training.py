@@ -13,28 +13,24 @@ both. What a process needs to start and to compile is left out and printed. Prin
 import argparse
 import contextlib
 import itertools
-import json
-import os
 import statistics
 import sys
 import tempfile
-import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.compute import num_cores
-from models.launch import run_worker
-from models.memory import HUGE_PAGES, TUNABLES, keep_freed_memory
+from benchmarks.turns import Contender, run, turns_of
+from models.memory import keep_freed_memory
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos.parquet"
 FLAGS = ("cl", "compile", "bf16")  # of timm: --channels-last, --torchcompile, --amp --amp-dtype bfloat16
 AIMS = {"timm's defaults": 1.8, "timm's best flags": 1.0, "the bare step": 0.9}
 OURS = "ours"
+TRAINING, BARE, TIMM = (f"benchmarks.training:{name}" for name in ("our_training", "bare_steps", "timm_steps"))
 RANKS_AIM = 0.9
 TWO = ("two replicas, one process", "two replicas, two processes")
 WARM_STEPS = 10  # of a turn: a loader has eight batches ready when it wakes
@@ -127,47 +123,6 @@ def spec(
     }
 
 
-class Turns:
-    """Contenders take turns, each in its process: warm, set up once, and asleep while another one is timed.
-
-    The benchmark's process and theirs meet in a folder: NAME.N.go says that turn N of NAME begins, NAME.N.json what it gave.
-    """
-
-    def __init__(self, folder: str, name: str, warm: int, seconds: float) -> None:
-        """`warm`: steps at the beginning of a turn that are not timed, above all of batches made while it slept."""
-        self._place, self._warm, self._seconds = f"{folder}/{name}", warm, seconds
-        self._started, self._turn, self._steps = time.perf_counter(), -1, 0
-        self._begin, self._images = 0.0, 0
-
-    def after_step(self, images: int) -> bool:
-        """Count a finished step of so many images; False where there is no further turn."""
-        if self._turn < 0:
-            return self._next({"setup_s": time.perf_counter() - self._started})
-        self._steps += 1
-        if self._steps == self._warm:
-            self._begin, self._images = time.perf_counter(), 0
-        elif self._steps > self._warm:
-            self._images += images
-            if (passed := time.perf_counter() - self._begin) > self._seconds:
-                return self._next({"rate": self._images / passed})
-        return True
-
-    def _next(self, found: dict[str, float]) -> bool:
-        said = Path(f"{self._place}.{self._turn}.json")
-        said.with_suffix(".tmp").write_text(json.dumps(found))
-        said.with_suffix(".tmp").rename(said)
-        self._turn, self._steps = self._turn + 1, 0
-        while not (end := Path(f"{self._place}.end")).exists():
-            if Path(f"{self._place}.{self._turn}.go").exists():
-                return True
-            time.sleep(0.02)
-        return not end.exists()
-
-
-def turns_of(job: dict[str, Any]) -> Turns:
-    return Turns(job["turns"], job["contender"], job["warm"], job["seconds"])
-
-
 def our_training(job: dict[str, Any], worker: Any) -> dict[str, Any]:
     """Worker function: the program's own training, loader and all."""
     from models.training import train
@@ -206,7 +161,8 @@ def bare_steps(job: dict[str, Any], worker: Any) -> dict[str, Any]:
     from models.zoo import build
 
     torch.set_num_threads(worker.threads)
-    keep_freed_memory()
+    if job.get("keep_memory", True):
+        keep_freed_memory()
     config, turns, number = TrainConfig.model_validate(job["config"]), turns_of(job), 0
     step = TrainStep(config, build(config.model, NUM_CLASSES), job["numerics"], 3000, job["device"])
     batch = probe.made_up_batch(config, NUM_CLASSES, False, None, config.replicas)
@@ -268,52 +224,6 @@ def timm_steps(job: dict[str, Any], worker: Any) -> dict[str, Any]:
                 return {}
 
 
-def run(function: str, job: dict[str, Any], world: int = 1) -> dict[str, Any]:
-    """A worker function of this file in processes of its own."""
-    said: list[str] = []
-    name = f"benchmarks.training:{function}"
-    found = run_worker(name, job, world=world, threads=num_cores() // world, on_log=said.append)
-    for line in said:
-        if line.startswith("probe:"):
-            print(line, flush=True)
-    return found
-
-
-class Contender:
-    """A worker function of this file that was set up and waits for its turns."""
-
-    def __init__(self, folder: Path, name: str, function: str, job: dict[str, Any], world: int = 1) -> None:
-        self._place, self._turn = folder / name.replace(" ", "-"), 0
-        self.rates: list[float] = []
-        os.environ[TUNABLES] = f"{HUGE_PAGES}={int(function != 'timm_steps')}"  # its users have them by chance only
-        spec = {**job, "turns": str(folder), "contender": self._place.name, "key": uuid.uuid4().hex}
-        self._pool = ThreadPoolExecutor(1)
-        self._running = self._pool.submit(run, function, spec, world)
-        self.setup_s = self._said(-1)["setup_s"]
-
-    def turn(self) -> float:
-        """Images a second of one more turn."""
-        Path(f"{self._place}.{self._turn}.go").touch()
-        self.rates.append(self._said(self._turn)["rate"])
-        self._turn += 1
-        return self.rates[-1]
-
-    def end(self) -> None:
-        """Stop its processes. Raises what they failed of."""
-        Path(f"{self._place}.end").touch()
-        self._running.result()
-        self._pool.shutdown()
-
-    def _said(self, turn: int) -> dict[str, float]:
-        while not (place := Path(f"{self._place}.{turn}.json")).exists():
-            if self._running.done():
-                self._running.result()
-                sys.exit(f"{self._place.name} ended before its turn")
-            time.sleep(0.05)
-        found: dict[str, float] = json.loads(place.read_text())
-        return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, default=PHOTOS)
@@ -331,7 +241,7 @@ def main() -> None:
         folder = Path(name)
         write_data(folder, options.photos)
         dataset = prepare(folder)
-        numerics = run("probed", spec(options, folder, dataset, None, 1, 1))["numerics"]
+        numerics = run("benchmarks.training:probed", spec(options, folder, dataset, None, 1, 1))["numerics"]
         print(f"our numerics: {numerics}", flush=True)
         contenders = _contenders(options, folder, dataset, numerics)
         for number in range(options.pairs):
@@ -350,7 +260,7 @@ def _contenders(
     if options.ranks:
         return {
             name: Contender(
-                folder, name, "our_training", {**spec(options, folder, dataset, numerics, ranks, 2), **timing}, ranks
+                folder, name, TRAINING, {**spec(options, folder, dataset, numerics, ranks, 2), **timing}, ranks
             )
             for name, ranks in zip(TWO, (1, 2), strict=True)
         }
@@ -361,24 +271,25 @@ def _contenders(
         "batch": options.batch,
         "folder": str(folder / "timm"),
     }
-    flags_here = FLAGS if run("bfloat16", {"device": options.device})["computes"] else FLAGS[:2]
+    flags_here = FLAGS if run("benchmarks.training:bfloat16", {"device": options.device})["computes"] else FLAGS[:2]
     tried: dict[tuple[str, ...], float] = {}
     for count in range(len(flags_here) + 1):
         for flags in itertools.combinations(flags_here, count):
             job = {**peer, "flags": flags, "warm": 3, "seconds": options.seconds / 2}
-            trial = Contender(folder, " ".join(("trial", *flags)), "timm_steps", job)
+            trial = Contender(folder, " ".join(("trial", *flags)), TIMM, job, huge_pages=False)
             tried[flags] = trial.turn()
             trial.end()
     best = max(tried, key=lambda flags: tried[flags])
     print("timm's flags:", {" ".join(f) or "defaults": round(r, 1) for f, r in tried.items()}, flush=True)
     job = {**spec(options, folder, dataset, numerics, 1, 1), **timing}
     jobs: dict[str, tuple[Any, ...]] = {
-        "timm's defaults": ("timm_steps", {**peer, "flags": ()}),
-        "timm's best flags": ("timm_steps", {**peer, "flags": best}),
-        "the bare step": ("bare_steps", job),
-        OURS: ("our_training", job),
+        "timm's defaults": (TIMM, {**peer, "flags": ()}),
+        "timm's best flags": (TIMM, {**peer, "flags": best}),
+        "the bare step": (BARE, job),
+        OURS: (TRAINING, job),
     }
-    return {name: Contender(folder, name, *job) for name, job in jobs.items()}
+    # a user of timm has huge pages by chance only
+    return {name: Contender(folder, name, *job, huge_pages=job[0] != TIMM) for name, job in jobs.items()}
 
 
 def _report(options: argparse.Namespace, contenders: dict[str, Contender]) -> None:

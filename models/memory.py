@@ -1,9 +1,9 @@
 """How a process's malloc treats large tensors on a CPU: keeps what is freed, and asks for huge pages. Without torch.
 
 By default each large activation is mapped and unmapped anew, and its pages are zeroed and faulted in each time, 4 KB by
-4 KB: a tenth to a third of a training's time. EfficientNet-B0 at 224 px, batch 50, compiled float32, two threads: 14.8 to
-18.2 images a second by default, 19.9 and 21.5 with freed memory kept, 22.9 and 23.5 with huge pages too. Labeling with
-EfficientNet-Lite0 in eager bfloat16, batch 16: 1.5 times as fast with freed memory kept; huge pages add nothing.
+4 KB. EfficientNet-B0 at 224 px, batch 50, compiled float32, two threads (`python -m benchmarks.step_memory --seconds 7`): 12.2
+images a second by default, 21.1 with freed memory kept, 22.6 with huge pages too. Labeling with EfficientNet-Lite0 in eager
+bfloat16, batch 16, was 1.5 times as fast with freed memory kept; huge pages added nothing there.
 """
 
 import contextlib
