@@ -55,7 +55,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(BROWSER): $(STAMP)
 	@if command -v chromium || command -v google-chrome || \
 	  { test "$$(id -u)" = 0 && command -v apt-get && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >$(BROWSER).log; } || \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >$(BROWSER).log; } || \
 	  $(BIN)/playwright install chromium; \
 	then touch $(BROWSER); else echo "no browser could be installed: the tests that need one will be skipped"; fi
 

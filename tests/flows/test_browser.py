@@ -130,7 +130,7 @@ def test_an_untouched_schedule_stores_nothing_that_its_runs_could_not_take(serve
     ui.open_deployment("noisy-student")
     ui.button("Schedule").first.click()
     dialog = ui.page.get_by_role("dialog")
-    expect(dialog.get_by_text("Recipe (Optional)")).to_be_visible()
+    expect(dialog.get_by_text("Recipe (Optional)", exact=True)).to_be_visible()
     ui.picture("schedule")
     dialog.get_by_role("button", name="Save").click()
     expect(dialog).to_have_count(0)
