@@ -27,6 +27,15 @@ from tests.flows.runs import TINY, open_checkpoints
 from tests.flows.served import Served, serving_store
 
 STAGES = ("prepare", "unlabeled", "0/teacher", "0/evaluate", "1/label", "1/select", "1/student", "1/evaluate", "report")
+DRAWN = (
+    "prepare",
+    "unlabeled",
+    "0/teacher",
+    "1/label",
+    "1/select",
+    "1/student",
+    "1/evaluate",
+)  # lineage of iteration 1
 GONE_S = 30  # what Prefect gives a run that is cancelled
 
 
@@ -120,6 +129,8 @@ def test_a_run_from_the_form_makes_what_its_overrides_change_and_reuses_the_rest
     assert [name for name in STAGES if keys(record)[name] != keys(before)[name]] == changed
     assert made_by(served, record) == changed
     assert served.tasks(run) == {name: "Completed" if name in changed else "Reused" for name in STAGES}
+    address = f"http://127.0.0.1:{served.port}/v2/runs/flow-run/{run}"
+    assert address in (served.state / "worker.log").read_text(), "a run's log says where the UI shows it"
     ui.open_run(run, "TaskRuns")
     expect(ui.page.get_by_text("Reused", exact=True)).to_have_count(len(STAGES) - len(changed))
     ui.picture("run-done")
@@ -150,8 +161,8 @@ def test_retry_of_a_failed_run_does_what_is_missing_once_the_cause_is_gone(serve
     away = shard.rename(served.store.parent / shard.name)
     run = served.click("noisy-student", recipe="digits", overrides=list(TINY), rerun="student")
     served.wait(run, "Failed")
-    ui.open_run(run)
-    expect(ui.page.get_by_text("Failed", exact=True).first).to_be_visible()
+    ui.open_run(run, "Details")
+    expect(ui.page.get_by_text(f"{shard.name} is missing").first).to_be_visible()
     ui.picture("failed")
     away.rename(shard)
     ui.do("Retry")
@@ -160,8 +171,11 @@ def test_retry_of_a_failed_run_does_what_is_missing_once_the_cause_is_gone(serve
     served.wait(run, "Completed")
     record = record_of(served, run)
     assert record.generations["1/student"] == before.generations["1/student"] + 1
-    assert made_by(served, record) == ["1/student", "1/evaluate", "report"]
+    missing = ["1/student", "1/evaluate", "report"]
+    assert made_by(served, record) == missing
+    assert served.tasks(run) == {name: "Completed" if name in missing else "Reused" for name in STAGES}
     ui.open_run(run, "TaskRuns")
+    expect(ui.page.get_by_text("3 Completed, 12 Reused, 1 Failed")).to_be_visible()  # of both attempts
     ui.picture("retried")
 
 
@@ -186,12 +200,12 @@ def test_rerun_of_one_stage_from_the_form_makes_it_and_its_successors_anew(serve
 
 
 def test_a_cancelled_training_leaves_a_checkpoint_and_no_process_and_goes_on_from_there(served: Served, ui: UI) -> None:
-    overrides = [*TINY, "student.epochs=400", "compute.checkpoint_steps=1000000"]
+    overrides = [*TINY, "student.epochs=200", "compute.checkpoint_steps=1000000"]
     run = served.click("noisy-student", recipe="digits", overrides=overrides)
+    ui.open_run(run)
     wait_until_trained(served, run)
     family = served.of_run(run)
     assert len(family) > 1
-    ui.open_run(run)
     ui.do("Cancel")
     ui.confirm("Cancel Flow Run")
     _, alive = psutil.wait_procs(family, timeout=GONE_S)
@@ -205,7 +219,7 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_no_process_and_goes_on_fro
 
     ui.do("Copy to new run")
     again = ui.submit()
-    served.wait(again, "Completed")
+    served.wait(again, "Completed", timeout_s=400)
     record = record_of(served, again)
     assert keys(record) == keys(record_of(served, run))
     assert f"/step-{provenance(served, record, '1/student')['resumed_at_step']:09d}-" in checkpoint
@@ -222,10 +236,38 @@ def wait_until_trained(served: Served, run: str) -> None:
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_lineage_and_a_stages_page_are_drawn_on_a_desk_and_on_a_phone(
+def test_lineage_and_a_stages_page_are_drawn_whole_on_a_desk_and_on_a_phone(
     served: Served, shown: str, browser: Browser, pictures: Path, width: int
 ) -> None:
     ui = UI(browser, served, pictures, width)
-    ui.open("artifacts/key/digits-1-lineage")
-    ui.picture("lineage-versions")
+    wanted = {"artifacts": {"flow_run_id": {"any_": [shown]}, "key": {"any_": ["digits-1-lineage"]}}}
+    (lineage,) = served.call("artifacts/filter", wanted)
+    ui.open(f"artifacts/artifact/{lineage['id']}")
+    graph = ui.page.locator("svg[aria-roledescription^=flowchart]")
+    expect(graph).to_be_visible()
+    made = keys(record_of(served, shown))
+    boxes = graph.locator(".node")
+    expect(boxes).to_have_count(len(DRAWN))
+    for name in DRAWN:
+        expect(boxes.filter(has_text=name)).to_contain_text(made[name][:12])
+    assert ui.fits(graph)
+    ui.picture("lineage")
+
+    boxes.filter(has_text="1/select").click()
+    page = ui.page.get_by_test_id("markdown-display")
+    expect(page.get_by_role("heading", name="digits/1/select")).to_be_visible()
+    expect(page).to_contain_text(made["1/select"])
+    images = page.locator("img")
+    expect(images).to_have_count(3)
+    ui.page.wait_for_function(
+        "[...document.querySelectorAll('[data-testid=markdown-display] img')].every(i => i.complete)"
+    )
+    for n in range(3):
+        assert images.nth(n).evaluate("image => image.naturalWidth") > 300
+        assert ui.fits(images.nth(n))
+    page.get_by_text("All classes").click()
+    expect(page.get_by_role("row", name="9", exact=False).last).to_be_visible()
+    assert "data:image" not in ui.page.locator("body").inner_text()
+    ui.picture("select")
     ui.page.close()
+    assert ui.broken == []
