@@ -168,6 +168,7 @@ def test_retry_of_a_failed_run_does_what_is_missing_once_the_cause_is_gone(serve
     ui.do("Retry")
     ui.picture("retry")
     ui.confirm("Retry")
+    ui.look_away()
     served.wait(run, "Completed")
     record = record_of(served, run)
     assert record.generations["1/student"] == before.generations["1/student"] + 1
@@ -202,11 +203,12 @@ def test_rerun_of_one_stage_from_the_form_makes_it_and_its_successors_anew(serve
 def test_a_cancelled_training_leaves_a_checkpoint_and_no_process_and_goes_on_from_there(served: Served, ui: UI) -> None:
     overrides = [*TINY, "student.epochs=200", "compute.checkpoint_steps=1000000"]
     run = served.click("noisy-student", recipe="digits", overrides=overrides)
+    served.wait(run, "Running")
     ui.open_run(run)
+    ui.do("Cancel")
     wait_until_trained(served, run)
     family = served.of_run(run)
     assert len(family) > 1
-    ui.do("Cancel")
     ui.confirm("Cancel Flow Run")
     _, alive = psutil.wait_procs(family, timeout=GONE_S)
     assert (alive, served.of_run(run)) == ([], []), "processes outlived the run that was cancelled"
