@@ -21,7 +21,7 @@ from models.noise import clean_view, noised_view
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
 from models.worker import die_with_parent
 from storage.artifacts import Manifest
-from storage.errors import StoreError
+from storage.errors import StoreError, UserError
 from storage.images import ImageError, decode_rgb
 from storage.objects import Store
 from storage.shards import ShardReader, read_index, shard_files
@@ -216,7 +216,16 @@ def training_loader(
         timeout=BATCH_TIMEOUT_S if workers else 0,
         worker_init_fn=_begin_loader if workers else None,
     )
-    return iter(loader)
+    return _in_own_words(iter(loader))
+
+
+def _in_own_words(batches: Iterator[list[ReplicaBatch]]) -> Iterator[list[ReplicaBatch]]:
+    """The batches; what a user has to know in its own line, without the traceback that torch puts around it."""
+    try:
+        yield from batches
+    except UserError as error:
+        name = f"\n{type(error).__module__}.{type(error).__qualname__}: "
+        raise type(error)(str(error).rpartition(name)[2].strip()) from error
 
 
 def _begin_loader(_number: int) -> None:

@@ -54,11 +54,13 @@ def served(browser: Browser, finished: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def shown(served: Served) -> str:
-    """A run that reused what was there, and showed it."""
+def shown(served: Served) -> tuple[str, RunRecord]:
+    """A run whose pages the UI has, and its record (one that finds everything has that of the run before it)."""
     run = served.click("noisy-student", recipe="digits", overrides=list(TINY))
     served.wait(run, "Completed")
-    return run
+    record = latest_run(Store(str(served.store)), "digits")
+    assert record is not None
+    return run, record
 
 
 @pytest.fixture
@@ -180,9 +182,11 @@ def test_retry_of_a_failed_run_does_what_is_missing_once_the_cause_is_gone(serve
     ui.picture("retried")
 
 
-def test_rerun_of_one_stage_from_the_form_makes_it_and_its_successors_anew(served: Served, shown: str, ui: UI) -> None:
-    before = record_of(served, shown)
-    ui.open_run(shown)
+def test_rerun_of_one_stage_from_the_form_makes_it_and_its_successors_anew(
+    served: Served, shown: tuple[str, RunRecord], ui: UI
+) -> None:
+    first, before = shown
+    ui.open_run(first)
     ui.do("Copy to new run")
     assert ui.choices("Rerun") == ["nothing", *ROLES]
     ui.choose("Rerun", "select")
@@ -215,7 +219,7 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_no_process_and_goes_on_fro
     served.wait(run, "Cancelled")
     expect(ui.page.get_by_text("Cancelled", exact=True).first).to_be_visible()
     ui.picture("cancelled")
-    assert open_checkpoints(served.store) == 1
+    assert open_checkpoints(served.store) == 1, served.log()
     key = keys(record_of(served, run))["1/student"]
     (checkpoint,) = list_checkpoints(Store(str(served.store)), key)
 
@@ -239,15 +243,15 @@ def wait_until_trained(served: Served, run: str) -> None:
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 def test_lineage_and_a_stages_page_are_drawn_whole_on_a_desk_and_on_a_phone(
-    served: Served, shown: str, browser: Browser, pictures: Path, width: int
+    served: Served, shown: tuple[str, RunRecord], browser: Browser, pictures: Path, width: int
 ) -> None:
-    ui = UI(browser, served, pictures, width)
-    wanted = {"artifacts": {"flow_run_id": {"any_": [shown]}, "key": {"any_": ["digits-1-lineage"]}}}
+    ui, (run, record) = UI(browser, served, pictures, width), shown
+    made = keys(record)
+    wanted = {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"any_": ["digits-1-lineage"]}}}
     (lineage,) = served.call("artifacts/filter", wanted)
     ui.open(f"artifacts/artifact/{lineage['id']}")
     graph = ui.page.locator("svg[aria-roledescription^=flowchart]")
     expect(graph).to_be_visible()
-    made = keys(record_of(served, shown))
     boxes = graph.locator(".node")
     expect(boxes).to_have_count(len(DRAWN))
     for name in DRAWN:

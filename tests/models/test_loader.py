@@ -19,7 +19,7 @@ from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder
 from models.predictions import read_predictions, read_probabilities
 from models.pseudo_labels import PseudoLabels
 from storage.artifacts import Manifest
-from storage.errors import StoreError
+from storage.errors import MissingObject, StoreError
 from storage.objects import Store
 from storage.shards import shard_files
 from tests.models.artifacts import CLASSES, Artifacts, label_by_hand
@@ -251,6 +251,16 @@ def test_a_missing_shard_is_an_error_that_names_it(damaged: Artifacts) -> None:
     damaged.store.delete(shard.path)
     with pytest.raises(StoreError, match=shard.path):
         read_all(batches(damaged))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_loader_process_is_one_line_as_in_this_process(damaged: Artifacts, workers: int) -> None:
+    shard = shard_files(damaged.data, "labeled")[0]
+    damaged.store.delete(shard.path)
+    with pytest.raises(MissingObject) as caught:
+        list(training_loader(batches(damaged), 0, 6, workers))
+    assert str(caught.value).count("\n") == 0
+    assert f"object {shard.path} is missing" in str(caught.value)
 
 
 def test_normalization_is_the_textbook_one_in_channels_last_memory() -> None:
