@@ -48,6 +48,9 @@ class Display(Protocol):
     def progress(self, progress: dict[str, Any]) -> None:
         """`done` of `total` `unit` (images)."""
 
+    def note(self, line: str) -> None:
+        """Something that a person should know while the stage goes on."""
+
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """The stage is over; None where it failed."""
 
@@ -88,6 +91,10 @@ class PlainDisplay:
             return
         self._last = now
         self._write(f"{self._name}: {progress_line(progress, rate)}")
+
+    def note(self, line: str) -> None:
+        """One line."""
+        self._write(line)
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """One line with what came out."""
@@ -133,6 +140,10 @@ class RichDisplay:
                 unit=progress["unit"],
                 facts=training_facts(progress),
             )
+
+    def note(self, line: str) -> None:
+        """One line above the bar."""
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """Replace the bar by one line."""

@@ -174,7 +174,9 @@ class StageWatch:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        """An attempt at the stage; a further one, after a failure that may pass, has its own."""
         self._runs = get_task_and_flow_run_ids()
+        self._thread, self._over = None, threading.Event()
         return self
 
     def progress(self, progress: dict[str, Any]) -> None:
