@@ -102,7 +102,7 @@ class LocalPrefect:
         for log in folder.glob("*.log"):
             log.unlink()
         self.url = f"http://{HOST}:{port}"
-        self._port, self._folder, self._runs, self._asked = str(port), folder, str(runs), asked
+        self._port, self._folder, self._runs, self._asked = str(port), folder, runs, asked
         self._environment = _environment(self.url, folder, store)
         self._services: dict[str, Service] = {}
         self._restarts: list[float] = []
@@ -163,9 +163,10 @@ class LocalPrefect:
         for run in self._runs_at_work():
             self._set_state(run, "CRASHED", f"{why}; run again, it goes on where it was")
         self._resume_pool()
-        line = ("worker", "start", "--pool", POOL, "--type", "process", "--limit", self._runs)
-        self._start("worker", "prefect", *line)
+        self._start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
         self._wait_for("worker", lambda: bool(self._call("GET", f"work_pools/{POOL}")))
+        # the pool's limit: a worker that has one itself (--limit) dies of a run that crashed and is scheduled again at once
+        self._call("PATCH", f"work_pools/{POOL}", {"concurrency_limit": self._runs})
 
     def _restart_worker(self) -> None:
         """In place of one that has died; the runs that it had started would go on with nobody to cancel them."""

@@ -173,7 +173,7 @@ def test_a_run_goes_on_by_itself_when_its_flow_the_worker_or_the_server_is_kille
     with serving_store(finished_copy, tmp_path / "state") as served:
         assert served.process is not None
         run = served.train()
-        services = {p.cmdline()[4]: p for p in psutil.Process(served.process.pid).children() if len(p.cmdline()) > 4}
+        services = {p.cmdline()[3]: p for p in psutil.Process(served.process.pid).children() if len(p.cmdline()) > 3}
 
         wait_for_training(served, run)[0].kill()
         wait_for_restart(served, run, crashes=1)
@@ -190,7 +190,7 @@ def test_a_run_goes_on_by_itself_when_its_flow_the_worker_or_the_server_is_kille
         while history_or_nothing(served, run)[-1:] != ["Running"]:
             assert time.monotonic() < deadline, served.log()
             time.sleep(0.3)
-        assert {process.pid for process in served.of_run(run)} == before, "it has worked on all the while"
+        assert before <= {process.pid for process in served.of_run(run)}, "it has worked on all the while"
         assert open_checkpoints(served.store) == 0
 
         asked = time.monotonic()
