@@ -203,8 +203,9 @@ def read_lineage(store: Store) -> Lineage:
     nodes: dict[str, LineageNode] = {}
 
     def add(key: str, kind: str, stage: str, state: State, inputs: Mapping[str, str], **more: Any) -> None:
-        own = {"names": tuple(names.get(key, ())), "runs": tuple(stages.get(key, ()))}
-        nodes.setdefault(key, LineageNode(key, kind, stage, state, inputs, **own, **more))
+        if key not in nodes:
+            own = {"names": tuple(names.get(key, ())), "runs": tuple(stages.get(key, ()))}
+            nodes[key] = LineageNode(key, kind, stage, state, inputs, **own, **more)
 
     for m, when in artifacts.values():
         add(m.key, m.kind, m.stage, State.deleted if when else State.made, m.inputs, manifest=m, deleted=when)
