@@ -204,8 +204,8 @@ def read_lineage(store: Store) -> Lineage:
 
     def add(key: str, kind: str, stage: str, state: State, inputs: Mapping[str, str], **more: Any) -> None:
         if key not in nodes:
-            own = {"names": tuple(names.get(key, ())), "runs": tuple(stages.get(key, ()))}
-            nodes[key] = LineageNode(key, kind, stage, state, inputs, **own, **more)
+            known_as = tuple(names.get(key, ())), tuple(stages.get(key, ()))
+            nodes[key] = LineageNode(key, kind, stage, state, inputs, names=known_as[0], runs=known_as[1], **more)
 
     for m, when in artifacts.values():
         add(m.key, m.kind, m.stage, State.deleted if when else State.made, m.inputs, manifest=m, deleted=when)

@@ -261,7 +261,7 @@ function endSearch() {
   search.focus();
 }
 search.addEventListener("input", runSearch);
-search.addEventListener("focus", () => { results.hidden = !search.value.trim(); });
+search.addEventListener("focus", runSearch);
 document.addEventListener("pointerdown", (event) => { if (!finder.contains(event.target)) results.hidden = true; });
 finder.addEventListener("keydown", (event) => {
   const buttons = [...results.querySelectorAll("button")], place = buttons.indexOf(document.activeElement);

@@ -76,19 +76,22 @@ const fateWords = (fate) => (fate.copies ? (fate.copies > 1 ? `kept, ${fate.copi
 
 function imageView(data, key) {
   const image = page.images[data][key], source = byKey.get(data);
-  const rows = image.fates.map((fate) => make("tr", {},
-    make("th", { scope: "row" }, byKey.has(fate.selection) ? link(byKey.get(fate.selection).name, () => openArtifact(fate.selection)) : code(fate.selection.slice(0, 12))),
-    make("td", { class: "left" }, fate.teachers.join(", ")), make("td", { class: "left" }, fate.class_name), make("td", {}, fate.confidence.toFixed(4)),
-    make("td", { class: "left" }, fateWords(fate)),
-    make("td", { class: "left" }, ...fate.students.flatMap((student, n) => [n ? ", " : "", byKey.has(student) ? link(byKey.get(student).name, () => openArtifact(student)) : code(student.slice(0, 12))]))));
-  const head = ["selection", "labeled by", "as", "confidence", "fate", "trained on by"].map((name) => make("th", { scope: "col", class: name === "confidence" ? null : "left" }, name));
+  const go = (key) => (byKey.has(key) ? link(byKey.get(key).name, () => openArtifact(key)) : code(key.slice(0, 12)));
+  const students = (fate) => make("span", {}, ...fate.students.flatMap((key, n) => [n ? ", " : "", go(key)]));
+  const fates = image.fates.map((fate) => make("div", { class: "fate" }, facts([
+    ["selection", go(fate.selection)],
+    ["labeled by", fate.teachers.join(", ")],
+    ["as", `${fate.class_name}, confidence ${fate.confidence.toFixed(4)}`],
+    ["then", fateWords(fate)],
+    [fate.copies ? "trained on by" : "not seen by", fate.students.length ? students(fate) : ""],
+  ])));
   return [
     make("img", { src: image.uri, alt: `The image ${key}`, class: image.pixelated ? "portrait pixelated" : "portrait" }),
     facts([
       ["key", code(key)], ["source", image.source], ["size", `${image.width} × ${image.height} px, ${image.bytes.toLocaleString("en")} bytes`],
       ["sha256", code(image.sha256)], ["data set", source ? link(source.name, () => openArtifact(data)) : code(data.slice(0, 12))],
     ]),
-    section("Biography", make("div", { class: "scroll", tabindex: 0 }, make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)))),
+    section("Biography", ...fates),
     make("p", { class: "note" }, "In the selections of this page that have images. ", code(`nst sample ${key} --store ${page.store}`), " tells everything of this and of every other image."),
   ];
 }
@@ -96,6 +99,7 @@ function imageView(data, key) {
 // ---- opening and closing
 
 function openArtifact(key) {
+  graph.classList.remove("searched"); // its surroundings are lit instead
   light(key);
   setCurrent(key);
   history.replaceState(null, "", `#${key}`);
