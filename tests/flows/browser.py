@@ -1,5 +1,6 @@
 """A real browser on the UI of a `nst serve`: what a person clicks, found by the words that are on the page."""
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,13 +52,24 @@ class UI:
         """Keep what the page looks like, all of it."""
         self.page.screenshot(path=self._pictures / f"{name}-{self._width}.png", full_page=True)
 
+    def fits(self, part: Locator) -> bool:
+        """Whether a part of the page is drawn within the window's width, which the page keeps to."""
+        box = part.bounding_box()
+        wide = self.page.evaluate("document.documentElement.scrollWidth")
+        return (
+            box is not None and box["width"] > 100 and box["x"] >= 0 and box["x"] + box["width"] <= self._width >= wide
+        )
+
     def button(self, name: str) -> Locator:
         """A button, by all that is written on it."""
         return self.page.get_by_role("button", name=name, exact=True)
 
     def open_deployment(self, name: str) -> None:
-        """A deployment's page."""
-        self.open(f"deployments/deployment/{self._served.deployment(name)['id']}")
+        """A deployment's page, from the address that `nst serve` says."""
+        (address,) = re.findall(r"UI: +(http\S+)", self._served.said)
+        self.page.goto(address)
+        self.page.get_by_role("link", name=name, exact=True).first.click()
+        expect(self.button("Run")).to_be_visible()
 
     def open_form(self, deployment: str) -> None:
         """The form that runs a deployment, from its page."""
@@ -98,11 +110,17 @@ class UI:
             entries.nth(n).fill(value)
 
     def submit(self) -> str:
-        """Send the form, and follow the link to the run; its id."""
+        """Send the form, and follow the link to the run; its id. Looks away then."""
         self.button("Submit").click()
         self.page.get_by_role("link", name="View run").click()
         self.page.wait_for_url("**/runs/flow-run/*")
-        return self.page.url.partition("/flow-run/")[2][:36]
+        run = self.page.url.partition("/flow-run/")[2][:36]
+        self.look_away()
+        return run
+
+    def look_away(self) -> None:
+        """Leave the page: the moving picture of a run that works takes half a core to draw."""
+        self.page.goto("about:blank")
 
     def open_run(self, run: str, tab: str = "") -> None:
         """A run's page."""
