@@ -8,6 +8,7 @@ STORE ?= demo-store
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 # What processes load most, once with byte code kept: where the environment says PYTHONDONTWRITEBYTECODE each of the many
 # processes would compile it from source, 18 s of CPU time for torch and timm instead of 7.
 HEAVY := models.training, models.inference, flows.iteration, flows.stages, tasks.report, torch.distributed.run, \
@@ -26,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/nst demo --store $(STORE)
 endif
 
-test: lint
+test: lint $(BROWSER)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
@@ -34,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: $(STAMP)
+soak: $(STAMP) $(BROWSER)
 	$(BIN)/python -m pytest -m soak -q
 	$(BIN)/python benchmarks/gain.py --seeds 5
 	$(BIN)/python -m benchmarks.soak_kill --store file
@@ -48,6 +49,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[test]"
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(HEAVY)'
 	@touch $(STAMP)
+
+# A browser for tests/flows/test_browser.py: the machine's Chromium or Chrome; else Debian's where we are root, else
+# Playwright's own. Where none can be had the tests that need one are skipped, and say so.
+$(BROWSER): $(STAMP)
+	@if command -v chromium || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && command -v apt-get && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >$(BROWSER).log; } || \
+	  $(BIN)/playwright install chromium; \
+	then touch $(BROWSER); else echo "no browser could be installed: the tests that need one will be skipped"; fi
 
 clean:
 	rm -rf $(VENV)

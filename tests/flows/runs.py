@@ -113,12 +113,18 @@ def kill_when(line: list[str], ready: Callable[[], bool], timeout_s: float = 240
 
 def wait_for_output(child: "subprocess.Popen[str]", text: str) -> list[psutil.Process]:
     """Read a command's output until a line holds `text`; the processes that it has started by then."""
+    read_until(child, text)
+    return psutil.Process(child.pid).children(recursive=True)
+
+
+def read_until(child: "subprocess.Popen[str]", text: str) -> str:
+    """A command's output up to the first line that holds `text`."""
     assert child.stdout is not None
     seen = []
     for line in child.stdout:
         seen.append(line)
         if text in line:
-            return psutil.Process(child.pid).children(recursive=True)
+            return "".join(seen)
     raise AssertionError(f"the command ended without saying {text!r}:\n" + "".join(seen))
 
 

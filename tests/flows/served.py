@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from tests.flows.runs import TINY, start, wait_for_output
+from tests.flows.runs import TINY, read_until, start
 
 LONG = ("student.epochs=3000", "compute.checkpoint_steps=1000000")
 READY = "Ctrl-C stops"
@@ -33,6 +33,7 @@ class Served:
     def __init__(self, store: Path, state: Path) -> None:
         self.store, self.state, self.port = store, state, free_port()
         self.process: subprocess.Popen[str] | None = None
+        self.said = ""  # up to being ready
 
     def begin(self, *before: str) -> "subprocess.Popen[str]":
         """Start it, `before` being a command that runs it."""
@@ -42,7 +43,7 @@ class Served:
 
     def start(self) -> None:
         """Start it, and wait until it says that it is ready."""
-        wait_for_output(self.begin(), READY)
+        self.said = read_until(self.begin(), READY)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """Send it a signal; its exit code and what it said then."""
@@ -90,9 +91,10 @@ class Served:
             time.sleep(0.3)
 
     def tasks(self, run: str) -> dict[str, str]:
-        """The state of each stage of a run."""
+        """The state of each stage of a run, when it was last tried."""
         found = self.call("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run]}}})
-        return {task["name"]: task["state"]["name"] for task in found}
+        last = max((task["flow_run_run_count"] for task in found), default=0)
+        return {task["name"]: task["state"]["name"] for task in found if task["flow_run_run_count"] == last}
 
     def train(self) -> str:
         """Begin a long training; the run's id as soon as it is on its way."""
