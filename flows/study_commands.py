@@ -22,9 +22,6 @@ from flows.driver import DoStage
 from flows.experiment import DEFAULT_STORE
 from flows.studies import DEFAULT_SCALE, Grid, GridRun, load_study, make_grid, shipped_studies
 from flows.study_pages import (
-    as_json as json_of,
-)
-from flows.study_pages import (
     failure_lines,
     list_table,
     markdown_page,
@@ -32,8 +29,9 @@ from flows.study_pages import (
     plan_lines,
     plan_table,
     results_table,
+    study_json,
 )
-from flows.study_runs import plan_study, read_measurements, run_study
+from flows.study_runs import count_together, plan_study, read_measurements, run_study
 from flows.study_table import Failure, Row, make_rows, summary
 from flows.terminal import EXIT_FAILED, JsonOption, StoreOption, console, errors
 from storage.errors import UserError
@@ -88,20 +86,22 @@ COMMANDS = (study,)
 
 def _list_studies(scale: str, as_json: bool) -> None:
     """Every shipped study at a scale; reuse is counted from the settings, without data."""
-    studies = [load_study(path.stem) for path in shipped_studies()]
-    rows = [(found, scale, plan_study(make_grid(found, scale), None)) for found in studies]
+    grids = [make_grid(load_study(path.stem), scale) for path in shipped_studies()]
+    rows = [(grid.study, scale, plan_study(grid, None)) for grid in grids]
     if as_json:
         listed = [{"study": s.name, "paper": s.paper, "title": s.title, **asdict(plan)} for s, _, plan in rows]
         print(json.dumps(listed, indent=1))
         return
     console.print(list_table(rows))
+    runs, stages, distinct = count_together(grids)
     _say(f"scale {scale}; stages: of all runs; distinct: artifacts to be made, each once")
+    _say(f"all in one store: {runs} runs of {stages} stages need {distinct} distinct artifacts")
 
 
 def _show_plan(grid: Grid, store: Store, as_json: bool) -> None:
     plan = plan_study(grid, store)
     if as_json:
-        print(json.dumps(json_of(grid, plan=asdict(plan)), indent=1))
+        print(json.dumps(study_json(grid, plan=asdict(plan)), indent=1))
         return
     _say(f"{grid.study.title} ({grid.study.paper}), scale {grid.scale_name}, {grid.seeds} seeds")
     _say(f"paper: {grid.study.finding.strip()}")
@@ -115,7 +115,7 @@ def _show_rows(grid: Grid, rows: Sequence[Row], failures: Sequence[Failure], com
     """The table, what failed and what is missing; failures go to the error stream too, where JSON is printed."""
     if as_json:
         lines = [asdict(failure) for failure in failures]
-        print(json.dumps(json_of(grid, rows=[row.as_json() for row in rows], failures=lines), indent=1))
+        print(json.dumps(study_json(grid, rows=[row.as_json() for row in rows], failures=lines), indent=1))
     else:
         console.print(results_table(grid, rows))
         _say(summary(rows))

@@ -48,7 +48,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     """A plan's sums in words."""
     missing = ", ".join(f"{number} {stage}" for stage, number in plan.missing.items())
     lines = [
-        f"{plan.runs} runs of {plan.stages} stages need {plan.distinct} distinct artifacts; {plan.shared} of them serve two "
+        f"{plan.runs} runs of {plan.stages} stages need {plan.distinct} distinct artifacts, {plan.shared} of them shared by two "
         f"variants or more",
         f"{plan.present} are in the store, {sum(plan.missing.values())} have to be made{f': {missing}' if missing else ''}",
     ]
@@ -168,7 +168,7 @@ def _days(days: float | None) -> str:
     return f"{days:,.0f} GPU-days" if days >= 10 else f"{days:.2g} GPU-days"
 
 
-def as_json(grid: Grid, **parts: Any) -> dict[str, Any]:
+def study_json(grid: Grid, **parts: Any) -> dict[str, Any]:
     """What programs read: the study's identity and the given parts."""
     study = grid.study
     return {

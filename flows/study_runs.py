@@ -73,6 +73,14 @@ def keys_without_data(run: GridRun) -> dict[str, NodeRecord]:
     return {record.name: record for record in resolve_keys(list(run.graph), fingerprints, {})}
 
 
+def count_together(grids: Sequence[Grid]) -> tuple[int, int, int]:
+    """Of several studies in one store: runs, stages, and distinct artifacts, told apart by settings without data."""
+    runs = [run for grid in grids for run in grid.runs]
+    keyed = [(run, keys_without_data(run)) for run in runs]
+    distinct = {records[node.name].key for run, records in keyed for node in run.needed}
+    return len(runs), sum(len(run.needed) for run in runs), len(distinct)
+
+
 def plan_study(grid: Grid, store: Store | None) -> StudyPlan:
     """Count the artifacts of a study; those that the store has, where the data is there to tell. Writes nothing."""
     resolved, note = [(run, keys_without_data(run)) for run in grid.runs], ""

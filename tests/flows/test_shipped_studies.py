@@ -7,7 +7,7 @@ import timm
 
 from flows.studies import Images, load_study, make_grid, shipped_studies
 from flows.study_cost import gpu_days, labeling_rate
-from flows.study_runs import keys_without_data, plan_study
+from flows.study_runs import count_together, keys_without_data, plan_study
 from models import variants as networks
 from models.configs import ModelConfig, TrainConfig
 from storage.errors import UserError
@@ -119,6 +119,14 @@ def test_studies_share_with_each_other() -> None:
     assert own == {"1/evaluate", "2/evaluate"}, "of students between the first and the last"
     common = {keys["main"][key] for key in keys["main"].keys() & keys["teacher-capacity"].keys()}
     assert common >= {"0/teacher", "1/student", "2/student", "3/student"}
+
+
+def test_all_studies_in_one_store_need_less_than_each_alone() -> None:
+    grids = [make_grid(load_study(name), "cifar10", seeds=2) for name in NAMES]
+    runs, stages, distinct = count_together(grids)
+    plans = [plan_study(grid, None) for grid in grids]
+    assert (runs, stages) == (sum(plan.runs for plan in plans), sum(plan.stages for plan in plans))
+    assert distinct < sum(plan.distinct for plan in plans) < stages
 
 
 def test_a_published_teacher_labels_once_whatever_the_student() -> None:
