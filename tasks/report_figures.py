@@ -20,7 +20,7 @@ WIDTH_IN, HEIGHT_IN, ROW_IN = 4.2, 2.9, 0.2
 DPI = 190  # 798 pixels: sharp at 400 CSS pixels on a screen of two pixels each
 MOST_BARS = 40  # classes that are drawn by name; more are drawn as sorted curves
 MOST_LETTERS = 16
-ROW_LETTERS, LINES_A_ROW = 24, 2  # of the rows of a study: a line's letters, lines
+ROW_LETTERS, LINES_A_ROW = 24, 3  # of the rows of a study: a line's letters, lines
 LEGEND_COLUMNS = 3
 SMOOTHED_RECORDS = 7  # single batches jump so much that the curves of several models cannot be told apart
 WIDE_RANGE = 100  # counts that differ by more are drawn on a logarithmic scale
@@ -193,7 +193,7 @@ def study_differences(
 
     paper, ours, errors (one standard error of ours): float [rows], NaN where there is none. `label`: of the axis.
     """
-    wrapped = ["\n".join(textwrap.wrap(name, ROW_LETTERS, max_lines=2, placeholder=" …")) for name in names]
+    wrapped = ["\n".join(textwrap.wrap(name, ROW_LETTERS, max_lines=LINES_A_ROW, placeholder=" …")) for name in names]
 
     def paint(axes: "Axes") -> None:
         places = np.arange(len(names))
