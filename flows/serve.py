@@ -62,7 +62,7 @@ def serve(
         local = LocalPrefect(port, folder, opened.url, runs, Asked())
         try:
             local.start()
-            console.print(f"Prefect's UI:  {local.url}/deployments", highlight=False, soft_wrap=True)
+            console.print(f"Prefect's UI:  {local.url}/v2/deployments", highlight=False, soft_wrap=True)
             console.print(f"store:         {opened.url}", highlight=False, soft_wrap=True)
             console.print(f"state, logs:   {folder}", highlight=False, soft_wrap=True)
             console.print("Ctrl-C stops the server, the worker and what it runs", highlight=False)
@@ -265,6 +265,7 @@ def _environment(url: str, folder: Path, store: str) -> dict[str, str]:
         **inherited,
         "PREFECT_HOME": str(folder),
         "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_UI_URL": f"{url}/v2",  # what runs say of themselves leads to the same UI as our pages' links
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "NO_PROXY": direct,

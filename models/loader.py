@@ -19,6 +19,7 @@ from models.configs import NoiseConfig, TrainConfig
 from models.launch import make_room_for_sockets
 from models.noise import clean_view, noised_view
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
+from models.worker import die_with_parent
 from storage.artifacts import Manifest
 from storage.errors import StoreError
 from storage.images import ImageError, decode_rgb
@@ -213,14 +214,21 @@ def training_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         timeout=BATCH_TIMEOUT_S if workers else 0,
-        worker_init_fn=_yield_to_training if workers else None,
+        worker_init_fn=_begin_loader if workers else None,
     )
     return iter(loader)
 
 
-def _yield_to_training(_number: int) -> None:
-    """Where cores are short, the training goes first: it waits when no batch is ready, and then the loaders have them."""
+def _begin_loader(_number: int) -> None:
+    """Where cores are short, the training goes first: it waits when no batch is ready, and then the loaders have them.
+
+    A group of its own: Prefect's Cancel sends SIGTERM to the whole process group, and torch's loss of a loader would be
+    an error in the training just where it writes its checkpoint. It ends with the training all the same.
+    """
     os.nice(NICENESS)
+    os.setpgid(0, 0)
+    os.environ["NST_PARENT"] = str(os.getppid())
+    die_with_parent()
 
 
 def clean_batch(images: Iterable[Any], size: int, crop_pct: float) -> torch.Tensor:

@@ -71,7 +71,7 @@ def confidence_drawing(labels: Manifest, selection: Manifest | None) -> Drawing:
     return Drawing(
         "Confidence of the pseudo-labels",
         f"Histogram of {sum(counts):,} confidences from 0 to 1"
-        + (f" with the threshold at {threshold:g}." if threshold is not None else ".")
+        + (f" with the threshold at {threshold:g}." if threshold else ".")
         + f" The fullest bin begins at {int(np.argmax(counts)) / len(counts):g}.{fate}",
         f"{sum(counts):,} images, mean {labels.metrics['mean_confidence']:.3f}.{fate}",
         lambda theme: figures.confidence_histogram(theme, counts, threshold),
@@ -90,7 +90,7 @@ def balance_drawing(selection: Manifest) -> Drawing:
         "Images of each class, before and after balancing",
         f"Chart of {len(names)} classes. Labeled as the class: {ranges['available']} images; kept: {ranges['kept']}; "
         f"after balancing: {ranges['copies']}.",
-        f"{_rule(SelectConfig.model_validate(selection.config))}{f' {empty:,} classes stayed empty.' if empty else ''}",
+        f"{_rule(SelectConfig.model_validate(selection.config))}{_empty(empty)}",
         lambda theme: figures.class_counts(theme, names, per_class),
     )
 
@@ -120,6 +120,10 @@ def _history(store: Store, entry: FileEntry) -> figures.History:
     names = ("epoch", "learning_rate", "loss_labeled", "loss_unlabeled", "val_top1")
     table = read_table(store, entry, names)
     return {name: np.array(table[name].to_pylist(), np.float64) for name in names}
+
+
+def _empty(classes: int) -> str:
+    return f" {classes:,} {'class' if classes == 1 else 'classes'} stayed empty." if classes else ""
 
 
 def _rule(settings: SelectConfig) -> str:

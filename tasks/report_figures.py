@@ -107,7 +107,7 @@ def confidence_histogram(theme: Theme, counts: Sequence[int], threshold: float |
         below = left + 1e-9 < (threshold or 0.0)
         colors = np.where(below, theme.muted, theme.accent)
         axes.bar(left, counts, width=1 / len(counts), align="edge", color=list(colors), edgecolor=theme.surface)
-        if threshold is not None:
+        if threshold:  # at 0 every image passes, and its words would lie upon the bars
             axes.axvline(threshold, color=theme.warm)
             side, shift = ("left", 4) if threshold < 0.6 else ("right", -4)
             axes.annotate(

@@ -3,7 +3,12 @@
 That finished parts are not made again is tested stage by stage (tests/tasks, tests/models): here nothing would show it.
 """
 
+import os
+import signal
 from pathlib import Path
+
+import psutil
+import pytest
 
 from tests.flows.runs import command, contents, count, kill_when, open_checkpoints, run, start, wait_for_output
 
@@ -33,16 +38,27 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_undisturbed_o
     assert contents(store) == contents(finished)
 
 
-def test_a_terminated_training_writes_a_checkpoint_and_leaves_no_process(finished_copy: Path) -> None:
-    """SIGTERM to the command, in the middle of a student's training."""
+@pytest.mark.parametrize("whom", ["the command", "its process group"])
+def test_a_terminated_training_writes_a_checkpoint_and_leaves_no_process(finished_copy: Path, whom: str) -> None:
+    """SIGTERM in the middle of a student's training. Prefect's Cancel sends it to the process group, where it may reach
+    the loaders of batches before the training that waits for one of them."""
     store = finished_copy
     line = command(store, "--rerun", "student")
     line[line.index("compute.checkpoint_steps=5")] = "compute.checkpoint_steps=100000"
     line[line.index("student.epochs=12")] = "student.epochs=2000"
     child = start(line)
     family = wait_for_output(child, "1/student: ")
-    child.terminate()
+    if whom == "its process group":
+        loaders = [p for p in family if len(p.parents()) - len(psutil.Process(child.pid).parents()) == 3]
+        assert len(loaders) == 1
+        for process in loaders:
+            if os.getpgid(process.pid) == child.pid:
+                process.terminate()
+                process.wait(20)
+        os.killpg(child.pid, signal.SIGTERM)
+    else:
+        child.terminate()
     output, _ = child.communicate(timeout=60)
     assert child.returncode == 143, output
-    assert open_checkpoints(store) == 1
+    assert open_checkpoints(store) == 1, output
     assert [process for process in family if process.is_running()] == []

@@ -1,19 +1,13 @@
 """`nst serve`, for real: its server, its worker, its deployments; runs through the API; and what is left when it ends."""
 
-import json
 import os
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,117 +15,19 @@ import yaml
 
 from storage.objects import Store
 from storage.runs import latest_run
-from tests.flows.runs import TINY, nst, open_checkpoints, start, wait_for_output
+from tests.flows.runs import TINY, nst, open_checkpoints
+from tests.flows.served import READY, Served, free_port, serving_store
 from tests.flows.tiny import RECIPE, write_recipe
 from tests.real_images import write_splits
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = ("student.epochs=3000", "compute.checkpoint_steps=1000000")
-READY = "Ctrl-C stops"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Served:
-    """A `nst serve` on a store, and its API."""
-
-    def __init__(self, store: Path, state: Path) -> None:
-        self.store, self.state, self.port = store, state, free_port()
-        self.process: subprocess.Popen[str] | None = None
-
-    def begin(self, *before: str) -> "subprocess.Popen[str]":
-        """Start it, `before` being a command that runs it."""
-        options = ["--port", str(self.port), "--store", str(self.store), "--state", str(self.state)]
-        self.process = start([*before, sys.executable, "-m", "flows.cli", "serve", *options])
-        return self.process
-
-    def start(self) -> None:
-        """Start it, and wait until it says that it is ready."""
-        wait_for_output(self.begin(), READY)
-
-    def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Send it a signal; its exit code and what it said then."""
-        assert self.process is not None
-        self.process.send_signal(number)
-        said = self.process.communicate(timeout=100)[0]
-        return self.process.returncode, said
-
-    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """A request to the API: GET, or POST where it has a body."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/api/{path}", data, {"Content-Type": "application/json"}
-        )
-        for _ in range(20):
-            try:
-                with urllib.request.urlopen(request, timeout=20) as answer:
-                    return json.loads(answer.read())
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # SQLite is busy; Prefect's own client asks again too
-                    raise
-            time.sleep(1)
-        raise AssertionError(f"the server's database was busy all the time: {path}")
-
-    def click(self, deployment: str, **parameters: Any) -> str:
-        """Ask for a run of a deployment, as the form does; the run's id."""
-        found = self.call("deployments/filter", {"deployments": {"name": {"any_": [deployment]}}})
-        created = self.call(f"deployments/{found[0]['id']}/create_flow_run", {"parameters": parameters})
-        return str(created["id"])
-
-    def wait(self, run: str, *states: str, timeout_s: float = 200) -> dict[str, Any]:
-        """The run as soon as it is in one of these states."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            found: dict[str, Any] = self.call(f"flow_runs/{run}")
-            state = found["state"]
-            if state["name"] in states:
-                return found
-            assert state["type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), (state, self.log())
-            assert time.monotonic() < deadline, (state, self.log())
-            time.sleep(0.3)
-
-    def tasks(self, run: str) -> dict[str, str]:
-        """The state of each stage of a run."""
-        found = self.call("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run]}}})
-        return {task["name"]: task["state"]["name"] for task in found}
-
-    def train(self) -> str:
-        """Begin a long training; the run's id as soon as it is on its way."""
-        run = self.click("noisy-student", recipe="digits", overrides=[*TINY, *LONG])
-        deadline = time.monotonic() + 100
-        while "1/student: " not in self.log():  # a line of progress
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.3)
-        return run
-
-    def log(self) -> str:
-        return "\n".join(path.read_text(errors="replace")[-5000:] for path in sorted(self.state.glob("*.log")))
-
-    def left(self) -> list[list[str]]:
-        """The processes that have its state folder in their environment."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get("PREFECT_HOME") == str(self.state):
-                    found.append(process.cmdline())
-        return found
 
 
 @pytest.fixture
 def served(finished_copy: Path, tmp_path: Path) -> Iterator[Served]:
     """Started on the store of a finished tiny run."""
-    found = Served(finished_copy, tmp_path / "state")
-    try:
-        found.start()
-        yield found
-    finally:
-        if found.process is not None and found.process.poll() is None:
-            found.process.kill()
-            found.process.wait()
+    with serving_store(finished_copy, tmp_path / "state") as served:
+        yield served
 
 
 @pytest.mark.soak
