@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import inspect_commands, serve, store_commands
+from flows import automations, inspect_commands, serve, store_commands, study_commands
 from flows.driver import Rerun, Run, find_node, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment
 from flows.next import next_run
@@ -31,7 +31,7 @@ from flows.terminal import (
     console,
     errors,
 )
-from models.launch import WorkerFailed
+from models.failures import WorkerFailed
 from storage.artifacts import find
 from storage.errors import UserError, explained
 from storage.objects import Store
@@ -317,7 +317,10 @@ def _node_manifest(store: Store, run_name: str, node: str) -> Any:
     return find(store, record.kind, record.key) if record else None
 
 
-for command in (serve.serve, *store_commands.COMMANDS, *inspect_commands.COMMANDS):
+for command in (
+    *(serve.serve, automations.automations),
+    *(*study_commands.COMMANDS, *store_commands.COMMANDS, *inspect_commands.COMMANDS),
+):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.plan import PlannedSelection
-from storage.artifacts import Manifest
+from tasks.inspection.facts import artifact_facts
 from tasks.results import gains
 from tasks.selection.rules import DECISIONS
-from tasks.sources import SPLITS
 from tasks.stage import StageOutcome, StageRequest
 
 PLAIN_INTERVAL_S = 10.0
@@ -47,6 +46,9 @@ class Display(Protocol):
 
     def progress(self, progress: dict[str, Any]) -> None:
         """`done` of `total` `unit` (images)."""
+
+    def note(self, line: str) -> None:
+        """Something that a person should know while the stage goes on."""
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """The stage is over; None where it failed."""
@@ -88,6 +90,10 @@ class PlainDisplay:
             return
         self._last = now
         self._write(f"{self._name}: {progress_line(progress, rate)}")
+
+    def note(self, line: str) -> None:
+        """One line."""
+        self._write(line)
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """One line with what came out."""
@@ -133,6 +139,10 @@ class RichDisplay:
                 unit=progress["unit"],
                 facts=training_facts(progress),
             )
+
+    def note(self, line: str) -> None:
+        """One line above the bar."""
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
 
     def stage_ended(self, name: str, outcome: StageOutcome | None) -> None:
         """Replace the bar by one line."""
@@ -186,34 +196,6 @@ def describe(outcome: StageOutcome) -> str:
     manifest = outcome.manifest
     seconds = "" if outcome.reused else f" in {manifest.provenance['seconds']:.0f} s"
     return f"{manifest.kind} {manifest.key[:12]}: {artifact_facts(manifest)}{seconds}"
-
-
-def artifact_facts(manifest: Manifest) -> str:
-    """What matters most of an artifact, in a few words with commas between them."""
-    metrics = manifest.metrics
-    return {
-        "dataset": lambda: ", ".join(_split(s, metrics[s]) for s in SPLITS if s in metrics),
-        "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
-        "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
-        "selection": lambda: (
-            f"{metrics['kept']:,} kept, {metrics['dropped']:,} dropped, {metrics['duplicated']:,} duplicated"
-            + _empty_classes(metrics["per_class"]["kept"])
-        ),
-        "evaluation": lambda: f"test top-1 {metrics['test']['top1']:.2%}",
-        "report": lambda: manifest.file("report.html").path,
-    }[manifest.kind]()
-
-
-def _empty_classes(kept: list[int]) -> str:
-    """Said where classes stay empty, because they were to be skipped or have no image at all."""
-    empty = sum(not count for count in kept)
-    return f", {empty:,} of {len(kept):,} classes empty" if empty else ""
-
-
-def _split(name: str, counts: dict[str, int]) -> str:
-    """A split's images, and those that were left out."""
-    left_out = [f"{counts[fate]:,} {fate}" for fate in ("rejected", "leaked") if counts.get(fate)]
-    return f"{counts['images']:,} {name}" + (f" ({', '.join(left_out)})" if left_out else "")
 
 
 def results_table(records: list[dict[str, Any]], title: str) -> Table:

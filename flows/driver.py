@@ -3,11 +3,11 @@
 Knows neither Prefect nor the terminal: `do_stage` says how a stage is carried out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from flows.experiment import Experiment
-from flows.graph import ROLES, STAGES, Node, build_graph, resolve_keys
+from flows.graph import ROLES, STAGES, Node, build_graph, made_from, resolve_keys
 from models.compute import LocalEngine
 from models.launch import warm_up
 from models.numerics import package_versions
@@ -79,8 +79,20 @@ class Run:
         )
 
 
-def resolve_run(experiment: Experiment, recipe: str, store: Store, rerun: Rerun, prefect_run: str = "") -> Run:
-    """List the sources and give every stage its key. Writes nothing.
+def list_sources(experiment: Experiment) -> list[SourceFile]:
+    """Every file of the experiment's data with its fingerprint. Raises UserError where there is none."""
+    return open_source(experiment.data).files(SPLITS)
+
+
+def resolve_run(
+    experiment: Experiment,
+    recipe: str,
+    store: Store,
+    rerun: Rerun,
+    prefect_run: str = "",
+    sources: Sequence[SourceFile] | None = None,
+) -> Run:
+    """List the sources (unless they were: `sources`) and give every stage its key. Writes nothing.
 
     Generations follow the newest run; `rerun` raises those it covers, once: a Prefect run that is retried goes on with
     the generations that it recorded itself.
@@ -96,7 +108,7 @@ def resolve_run(experiment: Experiment, recipe: str, store: Store, rerun: Rerun,
         for node in nodes:
             if rerun.covers(node):
                 generations[node.name] = generations.get(node.name, 0) + 1
-    sources = open_source(experiment.data).files(SPLITS)
+    sources = list_sources(experiment) if sources is None else list(sources)
     fingerprints = {
         "prepare": fingerprint([file for file in sources if file.split in LABELED_SPLITS]),
         "unlabeled": fingerprint([file for file in sources if file.split not in LABELED_SPLITS]),
@@ -115,14 +127,16 @@ def find_node(run: Run, name: str) -> Node:
     raise UserError(f"this experiment has no stage {name!r}; it has {', '.join(node.name for node in run.nodes)}")
 
 
-def execute(run: Run, do_stage: DoStage) -> RunRecord:
-    """Do every stage in order, check what can be checked before training, and set the refs."""
+def execute(run: Run, do_stage: DoStage, only: Collection[str] | None = None) -> RunRecord:
+    """Do every stage in order (`only`: these, with their inputs), check what can be checked before training, set the refs."""
     run.store.check_writable()
+    nodes = run.nodes if only is None else made_from(run.nodes, only)
     with at_work(run.store, run.experiment.name):
         record = record_run(run.store, run.draft_record())
-        if any(find(run.store, r.kind, r.key) is None for r in run.records.values() if r.kind in NEED_TORCH):
+        records = [run.records[node.name] for node in nodes]
+        if any(find(run.store, r.kind, r.key) is None for r in records if r.kind in NEED_TORCH):
             warm_up()
-        for node in run.nodes:
+        for node in nodes:
             execute_node(run, node, do_stage)
             if node.stage == "unlabeled":  # both data sets are there
                 preflight(run)

@@ -1,6 +1,6 @@
 """The graph of an experiment: which stages, with which config, from which inputs; and their keys, before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from flows.experiment import Experiment
@@ -121,6 +121,20 @@ def resolve_keys(
             )
         )
     return records
+
+
+def made_from(nodes: list[Node], names: Collection[str]) -> list[Node]:
+    """The named nodes and all that they are made from, in the order of `nodes`."""
+    needed = set(names)
+    for node in reversed(nodes):
+        if node.name in needed:
+            needed.update(node.inputs.values())
+    return [node for node in nodes if node.name in needed]
+
+
+def evaluations_of(nodes: list[Node], network: str) -> list[str]:
+    """The names of the nodes that measure a network, such as `1/student`."""
+    return [n.name for n in nodes if STAGES[n.stage].kind == "evaluation" and n.inputs.get("model") == network]
 
 
 def _teachers(experiment: Experiment, models: list[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows.automations import end_crash_loop
 from flows.console import Display, PlainDisplay, shown
 from flows.driver import Rerun, Run, execute, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment, shipped_recipes
@@ -103,6 +104,7 @@ def next_iteration(
 
     Former stages are reused. Returns the name of the run's record.
     """
+    end_crash_loop(flow_run)
     run = next_run(open_store(store), experiment, overrides, str(flow_run.id or ""))
     return execute(run, prefect_stage(run)).name
 
@@ -114,6 +116,7 @@ def resolve_flow(
 
     A run of one's own recipe is called after its experiment (and role): Prefect knows the shipped recipe's name only.
     """
+    end_crash_loop(flow_run)
     chosen = recipe_url.strip() or recipe
     experiment = load_experiment(chosen, overrides, scale)
     identity = str(flow_run.id or "")
@@ -135,8 +138,8 @@ def recipe_parameters(recipe: str) -> dict[str, str]:
 
 def prefect_stage(run: Run) -> Any:
     """How a stage is carried out under Prefect: as a task, reporting to the display or the run's log, and to the UI."""
-    stage, pages = stage_task(), RunPages(run)
     display = _display[0] if _display else PlainDisplay(get_run_logger().info)
+    stage, pages = stage_task(run.experiment.compute.retries, display.note), RunPages(run)
     on_log = (lambda line: None) if _display else get_run_logger().info
 
     def do_stage(request: StageRequest) -> StageOutcome:

@@ -1,7 +1,8 @@
-"""`nst serve`: Prefect's server, a worker and every deployment of prefect.yaml on this machine, until Ctrl-C or SIGTERM.
+"""`nst serve`: Prefect's server, a worker, every deployment of prefect.yaml and the automations, until Ctrl-C or SIGTERM.
 
-The three are Prefect's own programs, started in this order as services (models/launch.py) and asked over HTTP, so nothing
-here loads Prefect. Their state (a SQLite database) and their logs lie in a folder of their own.
+These are Prefect's own programs (and `nst automations`), started in this order as services (models/launch.py) and asked
+over HTTP, so nothing here loads Prefect. A server or worker that ends by itself is started again. Their state (a SQLite
+database) and their logs lie in a folder of their own.
 """
 
 import fcntl
@@ -23,7 +24,8 @@ import typer
 
 from flows.experiment import DEFAULT_STORE
 from flows.terminal import StoreOption, console
-from models.launch import Service, WorkerFailed, adopt_orphans, end_children, start_service, stop_process
+from models.failures import WorkerFailed
+from models.launch import Service, adopt_orphans, end_children, start_service, stop_process
 from storage.errors import UserError
 from storage.objects import Store
 
@@ -35,6 +37,7 @@ CANCEL_S = 45.0  # a run has 30 s from Prefect to write its checkpoint
 POLL_S = 0.3
 BUSY_S = 10.0  # SQLite under a burst of requests
 LOG_LINES = 30
+MOST_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0  # of server and worker together; then something is wrong for good
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 
 
@@ -96,30 +99,30 @@ class LocalPrefect:
     """Server and worker as services of this process. `stop` after `start`, whether that succeeded or not."""
 
     def __init__(self, port: int, folder: Path, store: str, runs: int, asked: Asked) -> None:
+        for log in folder.glob("*.log"):
+            log.unlink()
         self.url = f"http://{HOST}:{port}"
-        self._port, self._folder, self._runs, self._asked = str(port), folder, str(runs), asked
+        self._port, self._folder, self._runs, self._asked = str(port), folder, runs, asked
         self._environment = _environment(self.url, folder, store)
         self._services: dict[str, Service] = {}
+        self._restarts: list[float] = []
         self._paused = folder / "paused-by-stop"  # the work pool, for as long as its last runs are being stopped
 
     def start(self) -> None:
         """Start the server, then the worker, then deploy. Raises Stopped, or WorkerFailed with the log of what failed."""
-        self._start("server", "server", "start", "--host", HOST, "--port", self._port)
-        self._wait_for("server", lambda: self._call("GET", "health") is True)
-        self._clear_up()
-        self._start("worker", "worker", "start", "--pool", POOL, "--type", "process", "--limit", self._runs)
-        self._wait_for("worker", lambda: bool(self._call("GET", f"work_pools/{POOL}")))
-        self._start("deploy", "--no-prompt", "deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"))
-        deploying = self._services["deploy"]
-        self._wait_for("worker", lambda: deploying.poll() is not None)
-        if deploying.returncode != 0:
-            raise WorkerFailed(f"the deployments could not be made:\n{self._log('deploy')}")
-        del self._services["deploy"]
+        self._start_server()
+        self._start_worker("nst serve was killed")
+        self._do("deploy", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"))
+        self._do("automations", "flows.cli", "automations")
 
     def watch(self) -> None:
-        """Return never: raises Stopped when asked to, WorkerFailed where server or worker ends by itself."""
+        """Return never: raises Stopped when asked to, WorkerFailed where server or worker end again and again."""
         while True:
-            self._check()
+            self._check_asked()
+            for name, restart in (("server", self._start_server), ("worker", self._restart_worker)):
+                if self._services[name].poll() is not None:
+                    self._count_restart(name)
+                    restart()
             time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -128,7 +131,7 @@ class LocalPrefect:
             if all(service.poll() is None for service in self._services.values()) and "worker" in self._services:
                 with suppress(OSError):  # the server does not answer: then without its help
                     self._cancel_runs()
-            for name in ("deploy", "worker", "server"):
+            for name in ("automations", "deploy", "worker", "server"):
                 if name in self._services:
                     stop_process(self._services[name])
         finally:
@@ -151,11 +154,43 @@ class LocalPrefect:
         stop_process(self._services["worker"])
         self._resume_pool()
 
-    def _clear_up(self) -> None:
-        """Before the worker starts nothing can be at work: what seems so was left by a `nst serve` that was killed."""
+    def _start_server(self) -> None:
+        self._start("server", "prefect", "server", "start", "--host", HOST, "--port", self._port)
+        self._wait_for("server", lambda: self._call("GET", "health") is True)
+
+    def _start_worker(self, why: str) -> None:
+        """Start it where nothing is at work: what the server thinks is was left by one that was killed, and has crashed."""
         for run in self._runs_at_work():
-            self._set_state(run, "CRASHED", "nst serve was killed; run it again, it goes on where it was")
+            self._set_state(run, "CRASHED", f"{why}; run again, it goes on where it was")
         self._resume_pool()
+        self._start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
+        self._wait_for("worker", lambda: bool(self._call("GET", f"work_pools/{POOL}")))
+        # the pool's limit: a worker that has one itself (--limit) dies of a run that crashed and is scheduled again at once
+        self._call("PATCH", f"work_pools/{POOL}", {"concurrency_limit": self._runs})
+
+    def _restart_worker(self) -> None:
+        """In place of one that has died; the runs that it had started would go on with nobody to cancel them."""
+        end_children(spare=[service.pid for service in self._services.values()])
+        self._start_worker("Prefect's worker was killed")
+
+    def _count_restart(self, name: str) -> None:
+        """Say that a service has to be started again. Raises WorkerFailed where that happens too often."""
+        now, how = time.monotonic(), f"Prefect's {name} ended with code {self._services[name].returncode}"
+        self._restarts = [*(when for when in self._restarts if now - when < RESTARTS_WITHIN_S), now]
+        if len(self._restarts) > MOST_RESTARTS:
+            raise WorkerFailed(f"{how}, time {len(self._restarts)} in ten minutes:\n{self._log(name)}")
+        console.print(
+            f"{how} and is started again; its log: {self._folder / name}.log", highlight=False, soft_wrap=True
+        )
+
+    def _do(self, name: str, *line: str) -> None:
+        """Run a program to its end. Raises WorkerFailed with its log where it fails."""
+        self._start(name, *line)
+        doing = self._services[name]
+        self._wait_for(name, lambda: doing.poll() is not None)
+        del self._services[name]
+        if doing.returncode != 0:
+            raise WorkerFailed(f"{name} failed:\n{self._log(name)}")
 
     def _resume_pool(self) -> None:
         """Let the pool's runs be taken up again, where it was us who paused it."""
@@ -174,28 +209,27 @@ class LocalPrefect:
         state = {"type": kind, "name": kind.capitalize(), "message": message}
         self._call("POST", f"flow_runs/{run}/set_state", {"state": state, "force": kind == "CRASHED"})
 
-    def _start(self, name: str, *arguments: str) -> None:
-        line = [sys.executable, "-m", "prefect", *arguments]
+    def _start(self, name: str, module: str, *arguments: str) -> None:
+        line = [sys.executable, "-m", module, *arguments]
         self._services[name] = start_service(line, self._environment, ROOT, self._folder / f"{name}.log")
 
     def _wait_for(self, name: str, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + START_S
+        deadline, service = time.monotonic() + START_S, self._services[name]
         while True:
+            ended = service.poll() is not None
             with suppress(OSError):  # it does not listen yet, or does not know the pool
                 if ready():
                     return
-            self._check()
+            self._check_asked()
+            if ended:
+                raise WorkerFailed(f"Prefect's {name} ended with code {service.returncode}:\n{self._log(name)}")
             if time.monotonic() > deadline:
                 raise WorkerFailed(f"Prefect's {name} did not come up in {START_S:.0f} s:\n{self._log(name)}")
             time.sleep(POLL_S)
 
-    def _check(self) -> None:
+    def _check_asked(self) -> None:
         if self._asked.times:
             raise Stopped
-        for name in ("server", "worker"):
-            service = self._services.get(name)
-            if service is not None and service.poll() is not None:
-                raise WorkerFailed(f"Prefect's {name} ended with code {service.returncode}:\n{self._log(name)}")
 
     def _log(self, name: str) -> str:
         path = self._folder / f"{name}.log"

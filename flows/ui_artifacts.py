@@ -21,12 +21,13 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
 from prefect.utilities.context import get_task_and_flow_run_ids
 
-from flows.console import Pace, artifact_facts, progress_line
+from flows.console import Pace, progress_line
 from flows.driver import Run
 from flows.ui_lineage import iteration_of, lineage_page
 from flows.ui_pages import RunView, results_page, stage_page
 from storage.artifacts import Manifest, find
 from tasks.contract import OnProgress
+from tasks.inspection.facts import artifact_facts
 from tasks.stage import StageOutcome, StageRequest
 
 UPDATE_S = 5.0  # between two updates of a progress artifact: each is an event that the server keeps
@@ -174,7 +175,9 @@ class StageWatch:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        """An attempt at the stage; a further one, after a failure that may pass, has its own."""
         self._runs = get_task_and_flow_run_ids()
+        self._thread, self._over = None, threading.Event()
         return self
 
     def progress(self, progress: dict[str, Any]) -> None:

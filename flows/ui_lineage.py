@@ -2,15 +2,10 @@
 
 from collections.abc import Sequence
 
-from flows.console import artifact_facts
 from flows.graph import Node
+from flows.mermaid import Box, box_id, flowchart
 from flows.ui_pages import RunView
-
-STYLES = (
-    "classDef made fill:#dbeafe,stroke:#0072b2,color:#1f2937",
-    "classDef before fill:#f3f4f6,stroke:#9aa3af,color:#1f2937",
-    "classDef missing fill:transparent,stroke:#9aa3af,color:#9aa3af,stroke-dasharray:4 3",
-)
+from tasks.inspection.facts import artifact_facts
 
 
 def iteration_of(name: str) -> int | None:
@@ -24,41 +19,24 @@ def lineage_page(view: RunView, nodes: Sequence[Node], iteration: int) -> str:
     own = [node for node in nodes if iteration_of(node.name) == iteration]
     needed = {name for node in own for name in node.inputs.values()} | {node.name for node in own}
     shown = [node for node in nodes if node.name in needed]
-    lines = ["flowchart TD"]
-    lines += [_box(view, node.name) for node in shown]
-    for node in own:
-        for role, name in node.inputs.items():
-            label = "" if role == "data" else f"|{role}|"
-            lines.append(f"{_id(name)} -->{label} {_id(node.name)}")
-    lines += [f'click {_id(name)} "{view.link(name)}"' for name in (n.name for n in shown) if name in view.manifests]
-    lines += STYLES
-    for style, names in _styled(view, own, shown).items():
-        if names:
-            lines.append(f"class {','.join(map(_id, names))} {style}")
-    graph = "\n  ".join(lines)
+    boxes = [_box(view, node.name, before=node not in own) for node in shown]
+    arrows = [
+        (box_id(name), box_id(node.name), "" if role == "data" else role)
+        for node in own
+        for role, name in node.inputs.items()
+    ]
+    graph = flowchart(boxes, arrows)
     return (
         f"## {view.experiment}: lineage of iteration {iteration}\n\n```mermaid\n{graph}\n```\n\n{_table(view, own)}\n"
     )
 
 
-def _box(view: RunView, name: str) -> str:
+def _box(view: RunView, name: str, before: bool) -> Box:
     manifest = view.manifests.get(name)
-    words = [f"<b>{name}</b>"]
     if manifest is None:
-        words.append("not made yet")
-    else:
-        words += [manifest.kind, manifest.key[:12], *artifact_facts(manifest).split(", ")]
-    return f'{_id(name)}["{"<br/>".join(words)}"]'
-
-
-def _styled(view: RunView, own: Sequence[Node], shown: Sequence[Node]) -> dict[str, list[str]]:
-    names = {node.name for node in own}
-    there = [node.name for node in shown if node.name in view.manifests]
-    return {
-        "made": [name for name in there if name in names],
-        "before": [name for name in there if name not in names],
-        "missing": [node.name for node in shown if node.name not in view.manifests],
-    }
+        return Box(box_id(name), (name, "not made yet"), "missing")
+    facts = (manifest.kind, manifest.key[:12], *artifact_facts(manifest).split(", "))
+    return Box(box_id(name), (name, *facts), "before" if before else "made", view.link(name))
 
 
 def _table(view: RunView, own: Sequence[Node]) -> str:
@@ -70,8 +48,3 @@ def _table(view: RunView, own: Sequence[Node]) -> str:
         key = f"{manifest.kind} `{manifest.key[:12]}`" if manifest else "not made yet"
         lines.append(f"| {name} | {key} | {', '.join(node.inputs.values()) or 'files'} |")
     return "\n".join(lines)
-
-
-def _id(name: str) -> str:
-    """A name that mermaid takes for a box: `s1_label`."""
-    return "s" + name.replace("/", "_")

@@ -62,6 +62,13 @@ class ComputeConfig(Config):
     )
     checkpoint_steps: int = Field(500, ge=1, description="training steps between two checkpoints")
     kept_checkpoints: int = Field(2, ge=1, description="newest checkpoints that an attempt keeps")
+    retries: int = Field(
+        3,
+        ge=0,
+        le=50,
+        description="so often a stage is tried again where its store does not answer or a process of it was killed, after "
+        "10 s, 40 s, 160 s and so on; it goes on where it was",
+    )
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         ("tensorboard",), description="where a training's numbers go besides console and artifact"
     )

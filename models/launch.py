@@ -27,26 +27,20 @@ from multiprocessing import util
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from models.failures import WorkerLost, failure_of
 from models.memory import ask_for_huge_pages
 from storage.backend import ANSWERED
-from storage.errors import UserError
 
 RECORD_PREFIX = "@nst "
 GRACE_S = 25.0  # Prefect kills a cancelled flow after 30 s
 CLOSE_S = 1.0
 LAST_LINES = 30
-STOPPED_EXIT_CODE = 143
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 
 Record = dict[str, Any]
 Service: TypeAlias = "subprocess.Popen[str]"
 Child: TypeAlias = "Service | WarmChild"
-
-
-class WorkerFailed(Exception):
-    """A child failed; the text begins with a line that says where and why, then come the first failing rank's traceback,
-    or its last lines where it left none."""
 
 
 def run_worker(
@@ -62,7 +56,8 @@ def run_worker(
     """Run `function` ("module:name") on a JSON spec in `world` child processes and return rank 0's result.
 
     Blocks until all processes are gone, on an exception too; `stop` ends them from another thread. Raises UserError
-    where the child found bad input, WorkerFailed for every other failure.
+    where the child found bad input, StoreAway where its store did not answer, WorkerLost where a process of it was
+    killed, WorkerFailed for every other failure.
     """
     with tempfile.TemporaryDirectory(prefix="nst-") as folder:
         path = Path(folder) / "spec.json"
@@ -77,18 +72,11 @@ def run_worker(
         finally:
             finished.set()
             stop_process(child)
-    errors = sorted((r["error"] for r in records if "error" in r), key=lambda e: e["time"])
-    if errors:
-        first = errors[0]
-        if first["user"]:
-            raise UserError(first["message"])
-        where = f"rank {first['rank']} of {world}{_at(first['place'])}"
-        raise WorkerFailed(f"{function} failed in {where}: {first['cause']}\n{first['traceback']}")
-    results = [r["result"] for r in records if "result" in r]
-    if code != 0 or not results:
-        how = "was asked to stop" if code in (STOPPED_EXIT_CODE, -15) else f"ended with exit code {code}"
-        raise WorkerFailed(f"{function} {how}{_at(place)}; its last lines:\n" + "\n".join(last_lines))
-    return results[0]
+    error = failure_of(function, world, records, code, place, last_lines)
+    if error is not None:
+        raise error
+    result: dict[str, Any] = next(record["result"] for record in records if "result" in record)
+    return result
 
 
 def _start(function: str, spec: Path, world: int, threads: int) -> Child:
@@ -186,7 +174,7 @@ class WarmParent:
                 self._children[job] = child
             socket.send_fds(self._connection, [json.dumps({"job": job, "spec": str(spec)}).encode()], [writing])
         except OSError as error:
-            raise WorkerFailed("the warm parent of the workers was killed; run again") from error
+            raise WorkerLost("the warm parent of the workers was killed; run again") from error
         finally:
             os.close(writing)
         return child
@@ -206,6 +194,7 @@ class WarmParent:
         with self._state:
             self._gone = True
         for child in self._children.values():  # their parent was killed, and they with it
+            child.code = -signal.SIGKILL
             child.ended.set()
             child.known.set()
 
@@ -265,7 +254,7 @@ def start_service(line: Sequence[str], environment: Mapping[str, str], folder: P
         if sys.platform == "linux":
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    with log.open("w") as output:
+    with log.open("a") as output:
         return subprocess.Popen(
             list(line),
             stdin=subprocess.DEVNULL,
@@ -285,9 +274,12 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def end_children() -> None:
-    """Kill every child of this process, and theirs where `adopt_orphans` was called; returns when they are gone."""
-    while children := _children_of(os.getpid()):
+def end_children(spare: Sequence[int] = ()) -> None:
+    """Kill every child of this process, and theirs where `adopt_orphans` was called; returns when they are gone.
+
+    Those whose process ids are in `spare` are left alone, with what they have started.
+    """
+    while children := [pid for pid in _children_of(os.getpid()) if pid not in spare]:
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -372,15 +364,11 @@ def _listen(
             last_lines = [*last_lines, line][-LAST_LINES:]
             on_log(line)
             continue
-        if "result" in record or "error" in record:
+        if record.keys() & {"result", "error", "killed"}:
             kept.append(record)
         place = record.get("at", place)
         on_record(record)
     return kept, last_lines, place
-
-
-def _at(place: str) -> str:
-    return f" at {place}" if place else ""
 
 
 def _parse_record(line: str) -> Record | None:

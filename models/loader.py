@@ -28,7 +28,7 @@ from storage.shards import ShardReader, read_index, shard_files
 
 PREFETCH_BATCHES = 4
 BATCH_TIMEOUT_S = 900  # far above what a store that fails and comes back may take; past it a run ends, and is not hung
-NICENESS = 10
+NICENESS = 15
 CACHE_BYTES = 512 << 20  # decoded pixels that a process keeps of one split: small data sets are decoded once
 
 

@@ -16,8 +16,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from models.launch import PR_SET_PDEATHSIG, RECORD_PREFIX, STOPPED_EXIT_CODE
-from storage.errors import UserError, explained
+from models.failures import STOPPED_EXIT_CODE
+from models.launch import PR_SET_PDEATHSIG, RECORD_PREFIX
+from storage.errors import StoreAway, UserError, explained
 
 PROGRESS_INTERVAL_S = 0.3
 
@@ -80,6 +81,7 @@ def main() -> int:
                     "rank": worker.rank,
                     "time": time.time(),
                     "user": isinstance(error, UserError),
+                    "away": isinstance(error, StoreAway),
                     "place": worker.place,
                     "message": str(error),
                     "cause": f"{type(error).__name__}: {error}",
@@ -111,6 +113,7 @@ def _run_elastic(job: dict[str, Any]) -> int:
     """Become torch elastic's agent in script mode (it stops within 2 s of SIGTERM; `elastic_launch` takes 31 s)."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ["NST_PARENT"] = str(os.getpid())
     arguments = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={job['world']}", "--max-restarts=0"]
@@ -118,7 +121,12 @@ def _run_elastic(job: dict[str, Any]) -> int:
         run.main([*arguments, "-m", "models.worker", sys.argv[1]])
     except SignalException:
         return STOPPED_EXIT_CODE
-    except Exception as error:  # the failing rank has reported its own error
+    except ChildFailedError as error:  # a failing rank has reported its own error, one that was killed cannot
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:
+                Worker(rank).emit({"killed": {"rank": rank, "signal": -failure.exitcode}})
+        return 1
+    except Exception as error:
         print(f"torch elastic: {error}", flush=True)
         return 1
     return 0

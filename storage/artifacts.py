@@ -101,7 +101,7 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
     """The committed artifact, or None. Raises StoreError on a manifest that was damaged or made by a newer version."""
     path = manifest_path(kind, key)
     try:
-        manifest = _versioned(path, store.read_record(path))
+        manifest = manifest_of(path, store.read_record(path))
     except MissingObject:
         return None
     if (manifest.kind, manifest.key) != (kind, key):
@@ -258,10 +258,11 @@ def discard_attempt(store: Store, kind: str, key: str, attempt: str) -> None:
 def list_artifacts(store: Store, skip: Container[str] = ()) -> list[Manifest]:
     """Every committed artifact, in the order of kind and key; without those whose manifest is in `skip`."""
     paths = [p for p in store.paths("artifacts") if p.endswith("/manifest.json") and p not in skip]
-    return [_versioned(path, record) for path, record in zip(paths, store.read_all_records(paths), strict=True)]
+    return [manifest_of(path, record) for path, record in zip(paths, store.read_all_records(paths), strict=True)]
 
 
-def _versioned(path: str, record: dict[str, Any]) -> Manifest:
+def manifest_of(path: str, record: dict[str, Any]) -> Manifest:
+    """A record read at `path` as a manifest. Raises StoreError where it is none, or was made by a newer version."""
     version = record.get("schema_version", 0)
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise StoreError(f"{path} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it")

@@ -1,4 +1,4 @@
-"""The two kinds of failure that people see: their input is wrong, or the store is."""
+"""The kinds of failure that people see: their input is wrong, or the store is, for good or for the moment."""
 
 import errno
 
@@ -9,6 +9,10 @@ class UserError(Exception):
 
 class StoreError(UserError):
     """The store cannot be read or written, or holds something that contradicts itself."""
+
+
+class StoreAway(StoreError):
+    """The store does not answer, or not now: the same work may succeed later, so a stage is tried again."""
 
 
 class MissingObject(StoreError):

@@ -156,12 +156,17 @@ class Store:
         return self._typed(path, self.read_record(path), form)
 
     def read_all_records(self, paths: Sequence[str]) -> list[dict[str, Any]]:
-        """Many sealed records at once."""
-        found = self._backend.read_many([checked(path) for path in paths])
-        for path, data in zip(paths, found, strict=True):
-            if data is None:
+        """Many sealed records at once, in the order of the paths."""
+        found = self.read_present_records(paths)
+        for path in paths:
+            if path not in found:
                 raise MissingObject(f"{self.url}: object {path} is missing; run `nst run` again to make it anew")
-        return [self._read_sealed(path, data) for path, data in zip(paths, found, strict=True) if data is not None]
+        return [found[path] for path in paths]
+
+    def read_present_records(self, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Many sealed records at once, by path, without those that are not there (any more)."""
+        found = self._backend.read_many([checked(path) for path in paths])
+        return {p: self._read_sealed(p, data) for p, data in zip(paths, found, strict=True) if data is not None}
 
     def damaged_records(self, paths: Sequence[str]) -> dict[str, str]:
         """Which of some records are not as they were written, and why."""

@@ -7,7 +7,7 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from storage.errors import DamagedObject, MissingObject, StoreError
+from storage.errors import DamagedObject, MissingObject, StoreAway, StoreError
 
 TRANSIENT_CODES = {
     "SlowDown",
@@ -82,6 +82,7 @@ def explain(url: str, path: str, error: BaseException, tried: str = "") -> Store
         return error
     where = f"{url}: object {path or '(listing)'}"
     code = error_code(error)
+    kind = StoreAway if is_transient(error) else StoreError
     if code in MISSING_CODES:
         return MissingObject(f"{where} is missing; run `nst run` again to make it anew")
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
@@ -91,13 +92,13 @@ def explain(url: str, path: str, error: BaseException, tried: str = "") -> Store
     if isinstance(error, boto.FlexibleChecksumError):
         return DamagedObject(f"{where} is damaged: its bytes do not match the checksum that the server keeps{tried}")
     if isinstance(error, boto.ConnectTimeoutError | boto.EndpointConnectionError):
-        return StoreError(f"{where}: the server cannot be reached{tried} ({_brief(error)}); check AWS_ENDPOINT_URL")
+        return StoreAway(f"{where}: the server cannot be reached{tried} ({_brief(error)}); check AWS_ENDPOINT_URL")
     if code:
         answer: Any = error.response  # type: ignore[attr-defined]
         remedy = REMEDIES.get(code, "the server may be overloaded" if is_transient(error) else "see the server's log")
         message = answer.get("Error", {}).get("Message", "")
-        return StoreError(f"{where}: {code}{tried} ({message}); {remedy}")
-    return StoreError(f"{where}: {_brief(error)}{tried}; check the network, AWS_ENDPOINT_URL and the server")
+        return kind(f"{where}: {code}{tried} ({message}); {remedy}")
+    return kind(f"{where}: {_brief(error)}{tried}; check the network, AWS_ENDPOINT_URL and the server")
 
 
 def _brief(error: BaseException) -> str:

@@ -5,6 +5,7 @@ page's own. matplotlib is loaded by the first figure, not by importing this file
 """
 
 import io
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ WIDTH_IN, HEIGHT_IN, ROW_IN = 4.2, 2.9, 0.2
 DPI = 190  # 798 pixels: sharp at 400 CSS pixels on a screen of two pixels each
 MOST_BARS = 40  # classes that are drawn by name; more are drawn as sorted curves
 MOST_LETTERS = 16
+ROW_LETTERS, LINES_A_ROW = 24, 3  # of the rows of a study: a line's letters, lines
 LEGEND_COLUMNS = 3
 SMOOTHED_RECORDS = 7  # single batches jump so much that the curves of several models cannot be told apart
 WIDE_RANGE = 100  # counts that differ by more are drawn on a logarithmic scale
@@ -184,6 +186,30 @@ def class_accuracy(theme: Theme, names: Sequence[str], before: np.ndarray, after
     return _draw(theme, dumbbells, len(names))
 
 
+def study_differences(
+    theme: Theme, names: Sequence[str], paper: np.ndarray, ours: np.ndarray, errors: np.ndarray, label: str
+) -> bytes:
+    """How far each row of a study lies from the row it is compared with: the paper's differences and ours.
+
+    paper, ours, errors (one standard error of ours): float [rows], NaN where there is none. `label`: of the axis.
+    """
+    wrapped = ["\n".join(textwrap.wrap(name, ROW_LETTERS, max_lines=LINES_A_ROW, placeholder=" …")) for name in names]
+
+    def paint(axes: "Axes") -> None:
+        places = np.arange(len(names))
+        axes.axvline(0, color=theme.text, linewidth=0.8)
+        axes.errorbar(ours, places + 0.12, xerr=errors, fmt="o", color=theme.accent, markersize=5, label="here")
+        axes.plot(
+            paper, places - 0.12, "o", color=theme.muted, markerfacecolor=theme.surface, markersize=6, label="paper"
+        )
+        _row_axis(axes, wrapped)
+        axes.set(xlabel=label)
+        axes.margins(x=0.08)
+        _legend(axes)
+
+    return _draw(theme, paint, LINES_A_ROW * len(names))
+
+
 def _draw(theme: Theme, paint: Callable[["Axes"], None], num_rows: int = 0) -> bytes:
     """PNG bytes of one pair of axes; tall enough for `num_rows` class names."""
     import matplotlib
@@ -255,7 +281,12 @@ def _count_axis(axis: Any) -> None:
 
 def _class_axis(axes: "Axes", names: Sequence[str]) -> None:
     """One row a class, the first on top."""
-    axes.set_yticks(np.arange(len(names)), labels=_drawable(names))
+    _row_axis(axes, _drawable(names))
+
+
+def _row_axis(axes: "Axes", names: Sequence[str]) -> None:
+    """One row a name, the first on top."""
+    axes.set_yticks(np.arange(len(names)), labels=names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from models.compute import ComputeConfig, LocalEngine
-from models.launch import WorkerFailed, code_state
+from models.failures import WorkerFailed, WorkerLost
+from models.launch import code_state
 from models.numerics import package_versions, resolve_device
 from storage.artifacts import SOURCE_ROLE, Manifest, commit, discard_attempt, find, get
-from storage.errors import UserError
+from storage.errors import StoreAway, UserError
 from storage.keys import Config
 from storage.objects import Store
 from storage.runs import NodeRecord
 from tasks.contract import OnProgress, Stage, StageContext
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 10.0, 3600.0
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,44 @@ class Watch(Protocol):
         ...
 
 
-def stage_task() -> Any:
-    """The Prefect task: `run_stage`, ending in the state `Reused` where the artifact was there already."""
+def may_pass(error: object) -> bool:
+    """Whether the same stage may succeed a little later. A mistake of the user's or a fault of the code's does not pass."""
+    return isinstance(error, StoreAway | WorkerLost)
+
+
+def retry_delays(retries: int) -> list[float]:
+    """Seconds before each further attempt: 10, 40, 160 and so on, at most an hour."""
+    return [min(FIRST_DELAY_S * 4.0**number, LONGEST_DELAY_S) for number in range(retries)]
+
+
+def stage_task(retries: int, on_retry: Callable[[str], None]) -> Any:
+    """The Prefect task: `run_stage`, ending in the state `Reused` where the artifact was there already.
+
+    What may pass (`may_pass`) is tried again so often, and goes on where it was; `on_retry` gets a line that says so.
+    """
     from prefect import task
     from prefect.cache_policies import NO_CACHE
     from prefect.states import Completed
 
-    @task(name="stage", task_run_name="{name}", persist_result=False, cache_policy=NO_CACHE)
+    delays = retry_delays(retries)
+
+    def passes(task: object, task_run: Any, state: Any) -> bool:
+        """Asked by Prefect where an attempt failed and another is left."""
+        again = may_pass(state.data)
+        if again:
+            cause, delay = str(state.data).splitlines()[0], delays[task_run.run_count - 1]
+            on_retry(f"{task_run.name} is tried again in {delay:.0f} s, and goes on where it was: {cause}")
+        return again
+
+    @task(
+        name="stage",
+        task_run_name="{name}",
+        persist_result=False,
+        cache_policy=NO_CACHE,
+        retries=retries,
+        retry_delay_seconds=delays,
+        retry_condition_fn=passes,
+    )
     def stage(name: str, request: StageRequest, watch: Watch, on_log: Callable[[str], None]) -> Any:
         with watch:
             outcome = run_stage(request, watch.progress, on_log)

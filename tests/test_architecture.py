@@ -82,4 +82,5 @@ def test_an_installation_has_every_package_of_the_tree() -> None:
     found = {
         path.parent.relative_to(ROOT) for layer in (*LAYERS, "deployments") for path in (ROOT / layer).rglob("*.py")
     }
-    assert sorted(listed) == sorted({*(str(folder).replace("/", ".") for folder in found), "deployments.recipes"})
+    folders = {"deployments.recipes", "deployments.studies"}
+    assert sorted(listed) == sorted({*(str(folder).replace("/", ".") for folder in found), *folders})

@@ -1,13 +1,14 @@
 """Functions that the tests run in child processes, as `models.worker` calls them. Without torch unless they train."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from models.worker import Stopped, Worker
-from storage.errors import UserError
+from storage.errors import StoreAway, UserError
 
 
 def report(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
@@ -70,6 +71,35 @@ def vanish(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
     worker.at("shards/train/00007.tar")
     print("the last words", flush=True)
     os._exit(9)
+
+
+def die(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """End by a signal, in the middle of a shard."""
+    worker.at("shards/train/00007.tar")
+    print("the last words", flush=True)
+    os.kill(os.getpid(), spec["signal"])
+    return sleep({"seconds": 300}, worker)
+
+
+def die_in_collective(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """Rank 1 is killed while rank 0 waits for it in an all-reduce."""
+    import torch
+    import torch.distributed as dist
+
+    _mark(spec)
+    dist.init_process_group("gloo")
+    dist.barrier()
+    worker.at("step 3")
+    if worker.rank == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(3))
+    return {}
+
+
+def find_the_store_away(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """A bucket's server that is overloaded."""
+    raise StoreAway("s3://bucket: object a: SlowDown")
 
 
 def train_all(spec: dict[str, Any], worker: Worker) -> dict[str, Any]:

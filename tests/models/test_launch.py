@@ -16,8 +16,9 @@ import pytest
 from models.checkpoints import list_checkpoints, load_checkpoint
 from models.compute import ComputeConfig, LocalEngine
 from models.configs import TrainConfig
-from models.launch import WorkerFailed, run_worker
-from storage.errors import UserError
+from models.failures import WorkerFailed, WorkerLost
+from models.launch import run_worker
+from storage.errors import StoreAway, UserError
 from storage.keys import digest
 from tests.models.artifacts import Artifacts, training_spec
 
@@ -113,6 +114,27 @@ def test_another_error_arrives_with_its_traceback_and_the_shard_that_it_is_about
 def test_a_child_that_vanishes_is_an_error_with_its_exit_code_its_shard_and_last_words() -> None:
     with pytest.raises(WorkerFailed, match=r"(?s)exit code 9 at shards/train/00007.tar;.*the last words"):
         run_worker(CHILD + "vanish", {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_child_that_is_killed_is_lost_with_the_signal_and_its_shard(number: signal.Signals) -> None:
+    with pytest.raises(WorkerLost) as failure:
+        run_worker(CHILD + "die", {"signal": int(number)})
+    first, *rest = str(failure.value).splitlines()
+    assert f"rank 0 of 1 at shards/train/00007.tar was killed by {number.name}" in first
+    assert "the last words" in rest
+
+
+def test_a_rank_that_is_killed_is_named_not_those_that_fail_because_of_it(pids: Path) -> None:
+    """The other rank is in the middle of a collective operation, which fails at once."""
+    with pytest.raises(WorkerLost, match="rank 1 of 2 at step 3 was killed by SIGKILL"):
+        run_worker(CHILD + "die_in_collective", {"folder": str(pids)}, world=2)
+    assert_all_gone(pids)
+
+
+def test_a_store_that_is_away_crosses_as_such() -> None:
+    with pytest.raises(StoreAway, match=r"^s3://bucket: object a: SlowDown$"):
+        run_worker(CHILD + "find_the_store_away", {})
 
 
 def test_a_rank_that_raises_is_the_error_and_leaves_no_process(pids: Path) -> None:

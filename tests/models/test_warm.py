@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from models.launch import WarmParent, WorkerFailed, run_worker
+from models.failures import WorkerFailed
+from models.launch import WarmParent, run_worker
 from storage.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the warm parent is used on Linux only")

@@ -10,7 +10,7 @@ import pytest
 
 import storage.s3
 from storage.artifacts import FileEntry
-from storage.errors import DamagedObject, MissingObject, StoreError
+from storage.errors import DamagedObject, MissingObject, StoreAway, StoreError
 from storage.objects import READ_ATTEMPTS, Store
 from tests.fault_proxy import FaultProxy
 
@@ -154,7 +154,7 @@ def test_a_failed_upload_leaves_nothing_and_keeps_the_source(
 ) -> None:
     monkeypatch.setattr(storage.s3, "PATIENCE_S", 1.0)
     fault = proxy.do("500", method="PUT", path="partNumber=2", times=1000)
-    with pytest.raises(StoreError, match=r"big/x\.bin: InternalError, tried \d+ times in \d s"):
+    with pytest.raises(StoreAway, match=r"big/x\.bin: InternalError, tried \d+ times in \d s"):
         put(store, tmp_path, "big/x.bin", BIG)
     assert fault.done > 2
     assert (tmp_path / "source").read_bytes() == BIG
@@ -179,7 +179,7 @@ def test_a_fault_that_stays_ends_in_time_with_the_objects_name(
     calls: list[Any] = [lambda: store.read_bytes("a"), lambda: store.create("a", b"x"), lambda: store.exists("a")]
     for call in calls:
         started = time.monotonic()
-        with pytest.raises(StoreError, match=message) as error:
+        with pytest.raises(StoreAway, match=message) as error:
             call()
         assert time.monotonic() - started < 1.5 + STALL_S + 1.5
         assert "\n" not in str(error.value)
@@ -189,7 +189,7 @@ def test_a_server_that_never_answers_is_given_up_sooner(s3: str, monkeypatch: py
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens
     monkeypatch.setattr(storage.s3, "_answered", set())
     started = time.monotonic()
-    with pytest.raises(StoreError, match=r"cannot be reached, tried \d+ times.*check AWS_ENDPOINT_URL"):
+    with pytest.raises(StoreAway, match=r"cannot be reached, tried \d+ times.*check AWS_ENDPOINT_URL"):
         Store(s3).check_writable()
     assert time.monotonic() - started < storage.s3.FIRST_PATIENCE_S + 3
 
@@ -228,6 +228,7 @@ def test_wrong_credentials_are_told_at_once_and_never_repeated(
         with pytest.raises(StoreError, match=message) as error:
             call()
         assert time.monotonic() - started < 3
+        assert not isinstance(error.value, StoreAway), "that does not pass by itself"
         assert "wrong-secret" not in str(error.value)
 
 
@@ -309,7 +310,7 @@ def test_a_run_that_has_spoken_to_the_server_is_patient_in_its_children_too(
     monkeypatch.setattr(storage.s3, "_answered", set())
 
     def tried() -> int:
-        with pytest.raises(StoreError, match=r"tried \d+ times") as error:
+        with pytest.raises(StoreAway, match=r"tried \d+ times") as error:
             Store(s3).exists("a")
         return int(str(error.value).split("tried ")[1].split()[0])
 

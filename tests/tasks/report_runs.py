@@ -148,9 +148,10 @@ class RunBuilder:
         with self.store.staging() as folder:
             config = SelectConfig.model_validate(settings)
             files, metrics = make_plan(Predictions(self.store, labels, folder), config)
-            decisions = pq.read_table(files["decisions.parquet"][0])
+            names = ("decisions.parquet", "classes.parquet")
+            tables = {name: pq.read_table(files[name][0]) for name in names}
         roles = {"data": "unlabeled", "labels": f"{iteration}/label"}
-        self.add(f"{iteration}/select", "selection", {"decisions.parquet": decisions}, metrics, roles, settings)
+        self.add(f"{iteration}/select", "selection", tables, metrics, roles, settings)
 
     def decisions(self, iteration: int) -> list[dict[str, Any]]:
         """Of every image: key, label, confidence, decision, copies."""
