@@ -22,6 +22,7 @@ from rich.text import Text
 
 from flows.plan import PlannedSelection
 from storage.artifacts import Manifest
+from tasks.evaluators import headline_of
 from tasks.results import gains
 from tasks.selection.rules import DECISIONS
 from tasks.sources import SPLITS
@@ -193,15 +194,29 @@ def artifact_facts(manifest: Manifest) -> str:
     metrics = manifest.metrics
     return {
         "dataset": lambda: ", ".join(_split(s, metrics[s]) for s in SPLITS if s in metrics),
-        "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
+        "model": lambda: _learned(metrics) + f"{metrics['num_parameters']:,} parameters",
         "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
         "selection": lambda: (
             f"{metrics['kept']:,} kept, {metrics['dropped']:,} dropped, {metrics['duplicated']:,} duplicated"
             + _empty_classes(metrics["per_class"]["kept"])
         ),
-        "evaluation": lambda: f"test top-1 {metrics['test']['top1']:.2%}",
+        "evaluation": lambda: _measured(manifest),
         "report": lambda: manifest.file("report.html").path,
     }[manifest.kind]()
+
+
+def _learned(metrics: dict[str, Any]) -> str:
+    """Top-1 at the end of a training; of weights from outside nothing."""
+    return f"val top-1 {metrics['val_top1']:.2%}, " if "val_top1" in metrics else ""
+
+
+def _measured(evaluation: Manifest) -> str:
+    """The number that stands for an evaluation."""
+    headline = headline_of(evaluation)
+    if headline is None:
+        return evaluation.stage
+    split = f"{evaluation.metrics.get('split', 'test')} "
+    return f"{split}{headline.title} {headline.value:.2%}"
 
 
 def _empty_classes(kept: list[int]) -> str:
@@ -220,13 +235,16 @@ def results_table(records: list[dict[str, Any]], title: str) -> Table:
     """The table of a run, one row a model."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     with_top5 = any(record["top5"] is not None for record in records)
-    names = ("model", "top-1", *(("top-5",) if with_top5 else ()), "gain", "kept", "dropped", "duplicated")
+    others = list(dict.fromkeys(title for record in records for title in record["others"]))
+    top5 = ("top-5",) if with_top5 else ()
+    names = ("model", "top-1", *top5, "gain", *others, "kept", "dropped", "duplicated")
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for record, gain in zip(records, gains(records), strict=True):
         shares = [_percent(record["top1"]), *([_percent(record["top5"])] if with_top5 else [])]
         counts = ["-" if record[name] is None else f"{record[name]:,}" for name in ("kept", "dropped", "duplicated")]
-        table.add_row(record["ref"], *shares, "" if gain is None else f"{100 * gain:+.2f}", *counts)
+        robust = [_percent(record["others"].get(title)) for title in others]
+        table.add_row(record["ref"], *shares, "" if gain is None else f"{100 * gain:+.2f}", *robust, *counts)
     return table
 
 

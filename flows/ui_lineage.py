@@ -74,4 +74,4 @@ def _table(view: RunView, own: Sequence[Node]) -> str:
 
 def _id(name: str) -> str:
     """A name that mermaid takes for a box: `s1_label`."""
-    return "s" + name.replace("/", "_")
+    return "s" + name.replace("/", "_").replace("-", "_")
