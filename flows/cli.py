@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import inspect_commands, serve, store_commands
+from flows import evaluation_commands, inspect_commands, serve, store_commands
 from flows.driver import Rerun, Run, find_node, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment
 from flows.next import next_run
@@ -317,7 +317,7 @@ def _node_manifest(store: Store, run_name: str, node: str) -> Any:
     return find(store, record.kind, record.key) if record else None
 
 
-for command in (serve.serve, *store_commands.COMMANDS, *inspect_commands.COMMANDS):
+for command in (serve.serve, *store_commands.COMMANDS, *inspect_commands.COMMANDS, *evaluation_commands.COMMANDS):
     app.command()(command)
 
 if __name__ == "__main__":
