@@ -27,14 +27,14 @@ TITLES = {
 
 
 def comparison_picture(groups: Sequence[Group], models: Sequence[str], theme: Theme = LIGHT) -> bytes:
-    """A panel a kind of evaluation, a color a model; bars have their 95 % intervals."""
+    """A panel a kind of evaluation, a color a model; clean top-1 with its 95 % interval."""
     colors = {name: theme.series[number % len(theme.series)] for number, name in enumerate(models)}
     panels: list[tuple[Callable[[Axes], None], int]] = []
     for group in groups:
         if group.evaluator in ("fgsm", "pgd"):
             panels.append((partial(_curve, group=group, colors=colors), 0))
         elif group.evaluator in ("clean", "subset"):
-            panels.append((partial(_bars, group=group, colors=colors, theme=theme), len(colors)))
+            panels.append((partial(_intervals, group=group, colors=colors), len(colors)))
         else:
             rows = [measure for measure in group.measures if measure.unit == "share"]
             panels.append((partial(_dots, group=group, rows=rows, colors=colors), len(rows)))
@@ -56,17 +56,14 @@ def changed_sheet(
     return contact_sheet(groups)
 
 
-def _bars(axes: "Axes", group: Group, colors: dict[str, str], theme: Theme) -> None:
+def _intervals(axes: "Axes", group: Group, colors: dict[str, str]) -> None:
     measure = group.measures[0]
     for place, (name, value) in enumerate(measure.values.items()):
-        low, high = value.low or value.value, value.high or value.value
-        axes.barh(place, 100 * value.value, height=0.6, color=colors[name])
+        low, high = value.low or 0.0, 1.0 if value.high is None else value.high
         spread = [[100 * (value.value - low)], [100 * (high - value.value)]]
-        axes.errorbar(100 * value.value, place, xerr=spread, color=theme.text, capsize=3, linewidth=1)
-    lows = [100 * (value.low or value.value) for value in measure.values.values()]
-    axes.set_xlim(left=max(0, min(lows) - 10))
+        axes.errorbar(100 * value.value, place, xerr=spread, fmt="o", color=colors[name], capsize=4, markersize=6)
     axes.set_yticks(range(len(measure.values)), list(measure.values))
-    axes.invert_yaxis()
+    axes.set_ylim(len(measure.values) - 0.5, -0.5)
     axes.set(title=TITLES[group.evaluator], xlabel="top-1, %")
 
 
