@@ -1,6 +1,7 @@
 """What all commands share: the app, the consoles, the options, the exit codes."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,3 +32,11 @@ def artifact_of(store: Store, ref: str) -> Manifest:
     if manifest is None:
         raise UserError(f"ref {ref} points at {target.kind} {target.key}, which is not in {store.url}")
     return manifest
+
+
+def check_target(picture: Path) -> None:
+    """Raise UserError, before anything is read, where a new file of that name cannot be made."""
+    if picture.exists():
+        raise UserError(f"{picture} exists already; give another name")
+    if not picture.parent.is_dir():
+        raise UserError(f"{picture.parent} is no folder; make it first, or give another place with --picture")
