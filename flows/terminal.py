@@ -34,9 +34,12 @@ def artifact_of(store: Store, ref: str) -> Manifest:
     return manifest
 
 
-def check_target(picture: Path) -> None:
-    """Raise UserError, before anything is read, where a new file of that name cannot be made."""
-    if picture.exists():
-        raise UserError(f"{picture} exists already; give another name")
-    if not picture.parent.is_dir():
-        raise UserError(f"{picture.parent} is no folder; make it first, or give another place with --picture")
+def check_target(file: Path, force: bool | None = None) -> None:
+    """Raise UserError, before anything is read, where a new file of that name cannot be made.
+
+    `force`: of a command that has --force; None of one that has not.
+    """
+    if file.exists() and not force:
+        raise UserError(f"{file} exists already; give another name{'' if force is None else ', or --force'}")
+    if not file.parent.is_dir():
+        raise UserError(f"{file.parent} is no folder; make it first, or give another place")
