@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import automations, inspect_commands, serve, store_commands, study_commands
+from flows import automations, evaluation_commands, inspect_commands, serve, store_commands, study_commands
 from flows.driver import Rerun, Run, find_node, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment
 from flows.next import next_run
@@ -318,8 +318,8 @@ def _node_manifest(store: Store, run_name: str, node: str) -> Any:
 
 
 for command in (
-    *(serve.serve, automations.automations),
-    *(*study_commands.COMMANDS, *store_commands.COMMANDS, *inspect_commands.COMMANDS),
+    *(serve.serve, automations.automations, *study_commands.COMMANDS),
+    *(*store_commands.COMMANDS, *inspect_commands.COMMANDS, *evaluation_commands.COMMANDS),
 ):
     app.command()(command)
 

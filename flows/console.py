@@ -202,13 +202,16 @@ def results_table(records: list[dict[str, Any]], title: str) -> Table:
     """The table of a run, one row a model."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     with_top5 = any(record["top5"] is not None for record in records)
-    names = ("model", "top-1", *(("top-5",) if with_top5 else ()), "gain", "kept", "dropped", "duplicated")
+    others = list(dict.fromkeys(title for record in records for title in record["others"]))
+    top5 = ("top-5",) if with_top5 else ()
+    names = ("model", "top-1", *top5, "gain", *others, "kept", "dropped", "duplicated")
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for record, gain in zip(records, gains(records), strict=True):
         shares = [_percent(record["top1"]), *([_percent(record["top5"])] if with_top5 else [])]
         counts = ["-" if record[name] is None else f"{record[name]:,}" for name in ("kept", "dropped", "duplicated")]
-        table.add_row(record["ref"], *shares, "" if gain is None else f"{100 * gain:+.2f}", *counts)
+        robust = [_percent(record["others"].get(title)) for title in others]
+        table.add_row(record["ref"], *shares, "" if gain is None else f"{100 * gain:+.2f}", *robust, *counts)
     return table
 
 

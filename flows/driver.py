@@ -19,6 +19,7 @@ from storage.leases import at_work
 from storage.objects import Store
 from storage.runs import NodeRecord, RunRecord, latest_run, record_run, set_ref
 from storage.shards import shard_files
+from tasks.evaluators.contract import EvaluatorConfig
 from tasks.ingest import fingerprint, open_source
 from tasks.sources import LABELED_SPLITS, SPLITS, SourceFile
 from tasks.stage import StageOutcome, StageRequest, missing_inputs
@@ -115,6 +116,9 @@ def resolve_run(
     }
     for pretrained in {node.source for node in nodes if node.stage == "train"} - {"train"}:
         fingerprints[pretrained] = locate(pretrained).fingerprint()
+    for node in nodes:
+        if isinstance(node.config, EvaluatorConfig) and node.config.external() and node.source not in fingerprints:
+            fingerprints[node.source] = node.config.fingerprint()
     records = resolve_keys(nodes, fingerprints, generations)
     return Run(experiment, recipe, store, nodes, {r.name: r for r in records}, sources, prefect_run)
 

@@ -20,7 +20,7 @@ from models.configs import TrainConfig
 from storage.errors import UserError
 from storage.external import ExternalFolder
 from storage.keys import Config
-from tasks.evaluate import EvaluateConfig
+from tasks.evaluators.section import EvaluateConfig
 from tasks.ingest import DataConfig
 from tasks.label import LabelConfig
 from tasks.selection.config import SelectConfig

@@ -8,8 +8,10 @@ from models.configs import TrainConfig
 from storage.artifacts import SOURCE_ROLE
 from storage.keys import Config, artifact_key
 from storage.runs import NodeRecord
-from tasks import evaluate, label, prepare, report, select, train, unlabeled
+from tasks import imported, label, prepare, report, select, testset, train, unlabeled
 from tasks.contract import Stage
+from tasks.evaluators import BY_SHORT, EVALUATORS
+from tasks.evaluators.contract import EvaluatorConfig
 from tasks.selection.config import SelectConfig
 
 STAGES = {
@@ -20,11 +22,15 @@ STAGES = {
         Stage("train", train.VERSION, "model", TrainConfig, train.train),
         Stage("label", label.VERSION, "labels", label.LabelConfig, label.label),
         Stage("select", select.VERSION, "selection", SelectConfig, select.select),
-        Stage("evaluate", evaluate.VERSION, "evaluation", evaluate.EvaluateConfig, evaluate.evaluate),
+        *EVALUATORS.values(),
+        Stage("import", imported.VERSION, "model", imported.ImportConfig, imported.import_model),
+        Stage("testset", testset.VERSION, "dataset", testset.TestsetConfig, testset.testset),
         Stage("report", report.VERSION, "report", report.ReportConfig, report.report),
     )
 }
-ROLES = ("prepare", "unlabeled", "teacher", "selector", "label", "select", "student", "finetune", "evaluate", "report")
+ROLES = (
+    "prepare", "unlabeled", "teacher", "selector", "label", "select", "student", "finetune", *EVALUATORS, "report",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,15 @@ class Node:
         """Where the node's config stands in a recipe, for messages: `teacher`, `iterations.2`, `select`."""
         iteration, _, role = self.name.rpartition("/")
         sections = {"prepare": "data", "unlabeled": "data", "student": f"iterations.{iteration}"}
+        sections |= {name: f"evaluate.{evaluator.short}" for name, evaluator in EVALUATORS.items()}
         sections["finetune"] = f"iterations.{iteration}.finetune" if iteration != "0" else "teacher.finetune"
         return sections.get(role, role)
 
     @property
     def source(self) -> str:
-        """What names the external data that the stage reads: the stage, or a training's pretrained weights."""
+        """What names the external data that the stage reads: the stage, a training's pretrained weights, an archive."""
+        if isinstance(self.config, EvaluatorConfig):
+            return self.config.external() or self.stage
         return getattr(self.config, "pretrained", "") or self.stage
 
 
@@ -63,7 +72,7 @@ def build_graph(experiment: Experiment) -> list[Node]:
         *_network("0/teacher", experiment.teacher.as_teacher(), {}),
     ]
     models = [nodes[-1].name]
-    nodes.append(_evaluation(experiment, 0, models[0]))
+    nodes += _evaluations(experiment, 0, models[0])
     if experiment.order == "once":
         selector = models[0]
         if experiment.selector is not None:
@@ -88,7 +97,7 @@ def build_graph(experiment: Experiment) -> list[Node]:
         sources |= {train.INITIAL_ROLE: models[-1]} if student.init == "model" else {}
         nodes += _network(f"{number}/student", student, sources)
         models.append(nodes[-1].name)
-        nodes.append(_evaluation(experiment, number, models[-1]))
+        nodes += _evaluations(experiment, number, models[-1])
     everything = {node.name: node.name for node in nodes}
     nodes.append(Node("report", "report", report.ReportConfig(experiment=experiment.name), everything))
     return nodes
@@ -155,5 +164,11 @@ def _network(name: str, config: TrainConfig, sources: dict[str, str]) -> list[No
     ]
 
 
-def _evaluation(experiment: Experiment, number: int, model: str) -> Node:
-    return Node(f"{number}/evaluate", "evaluate", experiment.evaluate, {"data": "prepare", "model": model})
+def _evaluations(experiment: Experiment, number: int, model: str) -> list[Node]:
+    """The evaluators that the recipe asks for, of one model."""
+    nodes = []
+    for short, config in experiment.evaluate.asked().items():
+        evaluator = BY_SHORT[short]
+        inputs = {"data": "prepare"} if evaluator.data else {}
+        nodes.append(Node(f"{number}/{evaluator.name}", evaluator.name, config, {**inputs, "model": model}))
+    return nodes

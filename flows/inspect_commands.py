@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.lineage_command import lineage
-from flows.terminal import JsonOption, StoreOption, artifact_of, console
+from flows.terminal import JsonOption, StoreOption, artifact_of, check_target, console
 from storage.artifacts import get
 from storage.errors import UserError
 from storage.objects import Store
@@ -78,7 +78,7 @@ def explain(
     if selection.kind != "selection":
         raise UserError(f"{dataset} is no selection but a {selection.kind}; give a ref such as digits/1/select")
     if picture is not None:
-        _check_target(picture)
+        check_target(picture)
     labels = get(opened, "labels", selection.inputs["labels"])
     story = explain_class(opened, selection, labels, class_name, images)
     if picture is not None:
@@ -91,14 +91,6 @@ def explain(
         print(json.dumps(asdict(story), indent=1))
         return
     _print_story(story, picture)
-
-
-def _check_target(picture: Path) -> None:
-    """Raise UserError, before anything is read, where a new file of that name cannot be made."""
-    if picture.exists():
-        raise UserError(f"{picture} exists already; give another name")
-    if not picture.parent.is_dir():
-        raise UserError(f"{picture.parent} is no folder; make it first, or give another place with --picture")
 
 
 def _print_biography(found: Biography) -> None:

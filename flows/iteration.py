@@ -40,6 +40,13 @@ RerunChoice = Literal[
     "student",
     "finetune",
     "evaluate",
+    "evaluate-corrupted",
+    "evaluate-perturbed",
+    "evaluate-fgsm",
+    "evaluate-pgd",
+    "evaluate-subset",
+    "evaluate-imagenet-c",
+    "evaluate-imagenet-p",
     "report",
 ]
 

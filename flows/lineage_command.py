@@ -9,9 +9,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from flows.mermaid import Box, box_id, flowchart
-from flows.terminal import JsonOption, StoreOption, console
+from flows.terminal import JsonOption, StoreOption, check_target, console
 from storage.artifacts import Manifest
-from storage.errors import UserError
 from storage.lineage import Lineage, LineageNode, State, read_lineage
 from storage.objects import Store
 from tasks.inspection.facts import artifact_facts, code_of, numbers_of, tested_top1
@@ -41,7 +40,7 @@ def lineage(
     Example: nst lineage digits/1/select --html lineage.html
     """
     if html is not None:
-        _check_target(html, force)
+        check_target(html, force)
     opened = Store(store)
     graph = read_lineage(opened)
     node = graph.find(opened, ref)
@@ -57,14 +56,6 @@ def lineage(
         console.print(f"{shown:,} of {total:,} artifacts: {html.absolute()}", highlight=False, soft_wrap=True)
     else:
         console.print(_tree(graph, node), soft_wrap=True)
-
-
-def _check_target(file: Path, force: bool) -> None:
-    """Raise UserError, before anything is read, where a new file of that name cannot be made."""
-    if file.exists() and not force:
-        raise UserError(f"{file} exists already; give another name, or --force")
-    if not file.parent.is_dir():
-        raise UserError(f"{file.parent} is no folder; make it first, or give another place")
 
 
 def _tree(graph: Lineage, node: LineageNode) -> Tree:

@@ -40,7 +40,7 @@ def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
         run = resolve_flow(recipe, recipe_url, overrides, scale, store, Rerun(), role)
         return execute_one(run, name, prefect_stage(run)).manifest.key
 
-    run_stage_flow.__name__ = role
+    run_stage_flow.__name__ = role.replace("-", "_")
     run_stage_flow.__doc__ = what
     made: Callable[..., str] = flow(
         name=f"noisy-student-{role}", flow_run_name="{recipe} " + role, description=what, persist_result=False
@@ -59,6 +59,19 @@ select = _make_stage_flow("select", "Filter by confidence, balance the classes, 
 student = _make_stage_flow("student", "Train a student on labeled and pseudo-labeled images.")
 finetune = _make_stage_flow("finetune", "Train a network again on the labeled images, e.g. at a higher resolution.")
 evaluate = _make_stage_flow("evaluate", "Measure a model on validation and test images.")
+evaluate_corrupted = _make_stage_flow("evaluate-corrupted", "Measure a model under corruptions, made on the fly.")
+evaluate_perturbed = _make_stage_flow(
+    "evaluate-perturbed", "Measure a model on slowly changing images, made on the fly."
+)
+evaluate_fgsm = _make_stage_flow("evaluate-fgsm", "Measure a model under FGSM, one signed gradient step.")
+evaluate_pgd = _make_stage_flow("evaluate-pgd", "Measure a model under PGD, several signed gradient steps.")
+evaluate_subset = _make_stage_flow("evaluate-subset", "Measure a model on images of some classes, such as ImageNet-A.")
+evaluate_imagenet_c = _make_stage_flow(
+    "evaluate-imagenet-c", "Measure a model on the published corrupted images of ImageNet-C."
+)
+evaluate_imagenet_p = _make_stage_flow(
+    "evaluate-imagenet-p", "Measure a model on the published sequences of ImageNet-P."
+)
 report = _make_stage_flow("report", "One HTML page on the whole run.")
 STAGE_FLOWS = {
     "prepare": prepare,
@@ -70,5 +83,12 @@ STAGE_FLOWS = {
     "student": student,
     "finetune": finetune,
     "evaluate": evaluate,
+    "evaluate-corrupted": evaluate_corrupted,
+    "evaluate-perturbed": evaluate_perturbed,
+    "evaluate-fgsm": evaluate_fgsm,
+    "evaluate-pgd": evaluate_pgd,
+    "evaluate-subset": evaluate_subset,
+    "evaluate-imagenet-c": evaluate_imagenet_c,
+    "evaluate-imagenet-p": evaluate_imagenet_p,
     "report": report,
 }

@@ -12,7 +12,7 @@ from flows.graph import STAGES, resolve_keys
 from flows.studies import Grid, GridRun, Images, StudyScale
 from flows.study_cost import gpu_days
 from flows.study_table import Failure, Measurements
-from models.launch import WorkerFailed
+from models.failures import WorkerFailed
 from storage.artifacts import find
 from storage.errors import StoreError, UserError
 from storage.keys import digest

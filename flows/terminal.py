@@ -1,6 +1,7 @@
 """What all commands share: the app, the consoles, the options, the exit codes."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,3 +32,14 @@ def artifact_of(store: Store, ref: str) -> Manifest:
     if manifest is None:
         raise UserError(f"ref {ref} points at {target.kind} {target.key}, which is not in {store.url}")
     return manifest
+
+
+def check_target(file: Path, force: bool | None = None) -> None:
+    """Raise UserError, before anything is read, where a new file of that name cannot be made.
+
+    `force`: of a command that has --force; None of one that has not.
+    """
+    if file.exists() and not force:
+        raise UserError(f"{file} exists already; give another name{'' if force is None else ', or --force'}")
+    if not file.parent.is_dir():
+        raise UserError(f"{file.parent} is no folder; make it first, or give another place")

@@ -21,6 +21,7 @@ from tasks.report_drawings import (
     class_drawing,
     classes_tested,
     confidence_drawing,
+    reliability_drawing,
     training_drawings,
 )
 from tasks.report_images import data_uri
@@ -95,13 +96,19 @@ def results_page(view: RunView) -> str:
     """The table of a run so far: top-1 of teacher and students on the test images, counts of pseudo labels."""
     records = result_records(view.experiment, dict(view.manifests))
     with_top5 = any(record["top5"] is not None for record in records)
+    others = list(dict.fromkeys(title for record in records for title in record["others"]))
     rows = []
     for record, gain in zip(records, gains(records), strict=True):
         name = f"{record['iteration']}/{record['role']}"
         shares = [_percent(record["top1"]), *([_percent(record["top5"])] if with_top5 else [])]
         counts = [_count(record[field]) for field in ("kept", "dropped", "duplicated")]
-        rows.append([f"[{name}]({view.link(name)})", *shares, "" if gain is None else f"{100 * gain:+.2f}", *counts])
-    head = ["model", "top-1, %", *(["top-5, %"] if with_top5 else []), "gain", "kept", "dropped", "duplicated"]
+        robust = [_percent(record["others"].get(title)) for title in others]
+        rows.append(
+            [f"[{name}]({view.link(name)})", *shares, "" if gain is None else f"{100 * gain:+.2f}", *robust, *counts]
+        )
+    top5 = ["top-5, %"] if with_top5 else []
+    named = [f"{title}, %" for title in others]
+    head = ["model", "top-1, %", *top5, "gain", *named, "kept", "dropped", "duplicated"]
     return "\n\n".join(
         [
             f"## {view.experiment}: results",
@@ -208,14 +215,18 @@ def _selection(view: RunView, name: str, manifest: Manifest) -> list[Block]:
 
 
 def _evaluation(view: RunView, name: str, manifest: Manifest) -> list[Block]:
+    if manifest.stage != "evaluate":
+        return _robustness(manifest)
     metrics = manifest.metrics
     rows = [
-        [split, _count(metrics[split]["images"]), _percent(metrics[split]["top1"]), _percent(metrics[split]["top5"])]
+        [split, _count(metrics[split]["images"]), *(_percent(metrics[split].get(n)) for n in ("top1", "top5", "ece"))]
         for split in ("val", "test")
     ]
     names, sizes, accuracy = classes_tested(view.store, manifest)
     columns = {"test images": sizes.tolist(), "top-1, %": (accuracy * 100).round(1).tolist()}
-    blocks: list[Block] = [_table(["split", "images", "top-1, %", "top-5, %"], rows)]
+    blocks: list[Block] = [_table(["split", "images", "top-1, %", "top-5, %", "calibration error, %"], rows)]
+    if any(entry.name == "reliability.parquet" for entry in manifest.files):
+        blocks += _drawn([reliability_drawing(view.store, manifest)])
     first = view.manifests.get("0/evaluate")
     if first is not None and first.key != manifest.key:
         _, _, before = classes_tested(view.store, first)
@@ -223,6 +234,33 @@ def _evaluation(view: RunView, name: str, manifest: Manifest) -> list[Block]:
         blocks += _drawn([class_drawing(names, before, accuracy, network)])
         columns["gain, points"] = ((accuracy - before) * 100).round(1).tolist()
     return [*blocks, _class_table(names, columns)]
+
+
+def _robustness(manifest: Manifest) -> list[Block]:
+    """Errors by corruption and severity, or top-1 by epsilon."""
+    metrics = manifest.metrics
+    images = f"{_count(metrics['images'])} {metrics.get('split', '')} images".replace("  ", " ")
+    if "flips" in metrics:
+        rows = [
+            [kind.replace("_", " "), _percent(flip), f"{metrics['top5_distances'][kind]:.3f}"]
+            for kind, flip in metrics["flips"].items()
+        ]
+        return [images, _table(["perturbation", "flips, %", "top-5 distance"], rows)]
+    if "errors" not in metrics and "accuracy" not in metrics:
+        rows = [
+            [name, _percent(metrics.get(name))] for name in ("top1", "top5", "ece") if metrics.get(name) is not None
+        ]
+        return [images, _table(["", "%"], rows)]
+    if "accuracy" in metrics:
+        rows = [[epsilon, _percent(value)] for epsilon, value in metrics["accuracy"].items()]
+        return [images, _table(["largest change of a pixel, 1/255", "top-1, %"], rows)]
+    severities = list(next(iter(metrics["errors"].values())))
+    rows = [
+        [kind.replace("_", " "), *(_percent(own[s]) for s in severities), _percent(metrics["mean_errors"][kind])]
+        for kind, own in metrics["errors"].items()
+    ]
+    rows.append(["all", *("" for _ in severities), _percent(metrics["mean_error"])])
+    return [f"Error in percent by severity, {images}.", _table(["corruption", *severities, "mean"], rows)]
 
 
 def _report(view: RunView, name: str, manifest: Manifest) -> list[Block]:

@@ -131,7 +131,7 @@ class Labeler:
             yield from (crop(row, data) for row, data in stream)
             return
         with ThreadPoolExecutor(self._threads) as pool:
-            yield from _ahead((pool.submit(crop, row, data) for row, data in stream), self._threads * READ_AHEAD)
+            yield from ahead((pool.submit(crop, row, data) for row, data in stream), self._threads * READ_AHEAD)
 
     def _predict_clean(self, crops: list[list[torch.Tensor]]) -> torch.Tensor:
         """Probabilities [2, n, classes] on the device, at temperature 1 and as stored: means over teachers and views.
@@ -225,7 +225,7 @@ def _keys(images: IndexedImages, rows: Sequence[int], unique: bool) -> list[str]
     return keys
 
 
-def _ahead(work: Iterator[Future[Any]], most: int) -> Iterator[Any]:
+def ahead(work: Iterator[Future[Any]], most: int) -> Iterator[Any]:
     """The results of submitted work in its order, with at most so many pieces submitted and not yet taken."""
     waiting: deque[Future[Any]] = deque(islice(work, most))
     while waiting:

@@ -255,9 +255,10 @@ def discard_attempt(store: Store, kind: str, key: str, attempt: str) -> None:
     store.delete(*store.paths(f"{attempts_folder(kind, key)}/{attempt}"))
 
 
-def list_artifacts(store: Store, skip: Container[str] = ()) -> list[Manifest]:
-    """Every committed artifact, in the order of kind and key; without those whose manifest is in `skip`."""
-    paths = [p for p in store.paths("artifacts") if p.endswith("/manifest.json") and p not in skip]
+def list_artifacts(store: Store, skip: Container[str] = (), kind: str = "") -> list[Manifest]:
+    """Every committed artifact (of a kind), in the order of kind and key; without those whose manifest is in `skip`."""
+    folder = f"artifacts/{kind}" if kind else "artifacts"
+    paths = [p for p in store.paths(folder) if p.endswith("/manifest.json") and p not in skip]
     return [manifest_of(path, record) for path, record in zip(paths, store.read_all_records(paths), strict=True)]
 
 

@@ -1,6 +1,7 @@
 """label: the un-noised weight average of a model predicts every image of a data set, two Parquet files a shard."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import numpy as np
 
 from models.compute import group_shards, num_cores, num_gpus
 from models.configs import LabelConfig
-from models.numerics import asked_otherwise, chosen_numerics, labeling_choices, labeling_seconds, part_numerics
+from models.numerics import chosen_numerics, labeling_choices, labeling_seconds, part_numerics
 from models.predictions import TOP_K_CLASSES
-from storage.artifacts import FileEntry, Manifest, Part, agree_numerics, agreed_numerics, find_parts, made_parts
+from storage.artifacts import FileEntry, Manifest, Part, find_parts, made_parts
 from storage.errors import UserError
 from storage.keys import digest
 from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files
+from tasks.agreement import agree
 from tasks.contract import StageContext, StageResult
 
 LABELED_IS_WORTH = 4  # images that are only read or copied: it takes a core longer than they do
@@ -46,7 +48,10 @@ def model_roles(inputs: Iterable[str]) -> list[str]:
 def predict(
     context: StageContext, model: Manifest, source: Manifest, splits: Sequence[str], kind: str
 ) -> dict[str, tuple[FileEntry, ...]]:
-    """Predictions of one model by split, for an evaluation: in float32 unless `compute` says otherwise."""
+    """Predictions of one model by split, for an evaluation: in float32 unless `compute` says otherwise.
+
+    The data's classes may be some of the model's, in another order: the caller knows which is which.
+    """
     return Predictions(context, kind, [model], source, LabelConfig(), exact=True).of(splits)
 
 
@@ -63,12 +68,14 @@ class Predictions:
         unique: bool = False,
         exact: bool = False,
     ) -> None:
-        """`unique`: only first copies of a selection's images; `exact`: what `compute` leaves open is float32, eager.
+        """`unique`: only first copies of a selection's images; `exact`: for an evaluation: what `compute` leaves open is
+        float32, eager, and whose classes these are is the caller's concern.
 
         Raises UserError where a model has other classes than the data, or the config does not fit them.
         """
         for model in models:
-            check_classes(model, source)
+            if not exact:
+                check_classes(model, source)
             _check_config(config, model)
         self._context, self._kind, self._models, self._source = context, kind, models, source
         self._config, self._unique, self._exact = config, unique, exact
@@ -80,7 +87,9 @@ class Predictions:
         shards = [(split, shard) for split in splits for shard in shard_files(self._source, split)]
         indices = self._source.files_named(index_name(shard) for _, shard in shards)
         keys = {shard.name: self._part_key(shard, index) for (_, shard), index in zip(shards, indices, strict=True)}
-        self.numerics = self._agreed([shard for _, shard in shards], list(keys.values()))
+        stage = {"labels": "label", "evaluation": "evaluate"}[self._kind]
+        choose = partial(self._cheapest, [shard for _, shard in shards])
+        self.numerics = agree(self._context, self._kind, PREDICT, list(keys.values()), stage, choose)
         numerics = part_numerics(self.numerics)
         found = find_parts(store, PREDICT, list(keys.values()), numerics)
         missing = [(split, shard) for split, shard in shards if found[keys[shard.name]] is None]
@@ -131,23 +140,6 @@ class Predictions:
         }
         return digest({**identity, "unique": True} if self._unique else identity)
 
-    def _agreed(self, shards: Sequence[FileEntry], keys: Sequence[str]) -> dict[str, Any]:
-        """The artifact's numerics: those of an earlier attempt, else the cheapest.
-
-        An attempt that made no part, because it failed or was broken off, binds nobody who asks for other numerics.
-        """
-        context = self._context
-        agreed = agreed_numerics(context.store, self._kind, context.key)
-        if agreed is not None:
-            otherwise = asked_otherwise(context.compute, agreed)
-            found = find_parts(context.store, PREDICT, keys, part_numerics(agreed)) if otherwise else {}
-            made = sum(part is not None for part in found.values())
-            if not otherwise or made == len(keys):
-                return agreed
-            if made:
-                raise UserError(_made_otherwise(self._kind, made, len(keys), otherwise))
-        return agree_numerics(context.store, self._kind, context.key, self._cheapest(shards), instead_of=agreed)
-
     def _cheapest(self, shards: Sequence[FileEntry]) -> dict[str, Any]:
         """The cheapest numerics for all the images, whoever labels them and whatever is there already.
 
@@ -196,16 +188,6 @@ def _check_config(config: LabelConfig, model: Manifest) -> None:
             f"label.noised=true needs the noise of the teacher's training, and model {model.key[:12]} does not say with "
             "which it was trained; set label.noised=false"
         )
-
-
-def _made_otherwise(kind: str, made: int, total: int, otherwise: dict[str, Any]) -> str:
-    """What is wrong where parts exist that were computed in another way than is asked for now."""
-    stage = {"labels": "label", "evaluation": "evaluate"}[kind]
-    then = ", ".join(f"{name}={value}" for name, value in otherwise.items())
-    return (
-        f"{made} of {total} parts of these predictions were made with {then}, which this run does not allow; finish them "
-        f"with that, or make all anew with --rerun {stage}"
-    )
 
 
 def _named(split: str, parts: Sequence[Part]) -> tuple[FileEntry, ...]:

@@ -55,7 +55,7 @@ def prepare(context: StageContext, config: PrepareConfig, inputs: dict[str, Mani
     }
     counts = {split: check_rejects(config.max_reject_fraction, split, by_split[split]) for split in LABELED_SPLITS}
     shards = {split: [shard for part in by_split[split] for shard in shards_of(part)] for split in LABELED_SPLITS}
-    labels = {split: _labels(context.store, shards[split]) for split in LABELED_SPLITS}
+    labels = {split: labels_of(context.store, shards[split]) for split in LABELED_SPLITS}
     class_names = check_decoded_labels(config, class_names, labels)
     entries: list[FileEntry] = []
     for split in LABELED_SPLITS:
@@ -183,7 +183,8 @@ def _write_shuffled(store: Store, key: str, rows: list[dict[str, Any]], reader: 
         publish_part(store, SHUFFLE, key, NO_NUMERICS, files)
 
 
-def _labels(store: Store, shards: Sequence[SourceShard]) -> np.ndarray:
+def labels_of(store: Store, shards: Sequence[SourceShard]) -> np.ndarray:
+    """The labels of all images of some shards, int [images]."""
     tables = read_tables(store, [shard.index for shard in shards], ["label"])
     return np.concatenate([table["label"].to_numpy() for table in tables])
 

@@ -17,6 +17,7 @@ from storage.keys import Config, canonical_json
 from storage.objects import Store
 from storage.shards import ShardReader, shard_files
 from tasks.contract import StageContext, StageResult
+from tasks.evaluators import EVALUATORS
 from tasks.inspection.images import locate_images
 from tasks.label import model_roles
 from tasks.report_drawings import balance_drawing, class_drawing, classes_tested, confidence_drawing, training_drawings
@@ -32,7 +33,7 @@ TEMPLATE = "report.html.j2"
 CONFIDENCE_BINS = 20  # the shown images are spread over these
 KEY_DIGITS = 12
 MOST_CLASS_ROWS = 20
-WITHIN_ITERATION = ("teacher", "selector", "label", "select", "student", "finetune", "evaluate")
+WITHIN_ITERATION = ("teacher", "selector", "label", "select", "student", "finetune", *EVALUATORS)
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
@@ -178,6 +179,7 @@ def _result(records: list[Row], inputs: dict[str, Manifest]) -> Row:
     return {
         "rows": rows,
         "with_top5": any(r["top5"] is not None for r in records),
+        "others": list(dict.fromkeys(title for record in records for title in record["others"])),
         "images": num_images,
         "error": error,
     }

@@ -108,6 +108,23 @@ def class_drawing(names: list[str], before: np.ndarray, after: np.ndarray, stude
     )
 
 
+def reliability_drawing(store: Store, evaluation: Manifest) -> Drawing:
+    """How often the model is right where it says how sure it is, on the test images."""
+    rows = [r for r in read_table(store, evaluation.file("reliability.parquet")).to_pylist() if r["split"] == "test"]
+    measured = evaluation.metrics["test"]
+    sure = measured["mean_confidence"] - measured["top1"]
+    summary = (
+        f"Expected calibration error {measured['ece'] * 100:.2f} points: the model is {abs(sure) * 100:.2f} points too "
+        f"{'sure' if sure > 0 else 'unsure'} on average."
+    )
+    return Drawing(
+        "Is its confidence worth believing?",
+        f"Bar chart of the accuracy by confidence in {len(rows)} bins, with the diagonal. {summary}",
+        f"{summary} Bars on the diagonal are calibrated; paler ones hold fewer images.",
+        lambda theme: figures.reliability_diagram(theme, rows),
+    )
+
+
 def classes_tested(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Class names, test images and accuracy (NaN without images), in the order of the labels."""
     table = read_table(store, evaluation.file("per_class.parquet")).to_pylist()

@@ -210,6 +210,22 @@ def study_differences(
     return _draw(theme, paint, LINES_A_ROW * len(names))
 
 
+def reliability_diagram(theme: Theme, rows: Sequence[dict[str, Any]]) -> bytes:
+    """Accuracy by confidence; rows: low, high (of a bin), images, accuracy in [0, 1] (None in empty bins)."""
+
+    def paint(axes: "Axes") -> None:
+        there = [row for row in rows if row["images"]]
+        most = max((row["images"] for row in there), default=1)
+        for row in there:
+            strength = 0.25 + 0.75 * (row["images"] / most) ** 0.5
+            width = row["high"] - row["low"]
+            axes.bar(row["low"], row["accuracy"] * 100, width, align="edge", color=theme.accent, alpha=strength)
+        axes.plot([0, 1], [0, 100], color=theme.warm, linestyle=(0, (3, 1.5)))
+        axes.set(xlabel="confidence", ylabel="accuracy, %", xlim=(0, 1), ylim=(0, 100))
+
+    return _draw(theme, paint)
+
+
 def _draw(theme: Theme, paint: Callable[["Axes"], None], num_rows: int = 0) -> bytes:
     """PNG bytes of one pair of axes; tall enough for `num_rows` class names."""
     import matplotlib
@@ -223,6 +239,28 @@ def _draw(theme: Theme, paint: Callable[["Axes"], None], num_rows: int = 0) -> b
         axes = figure.add_subplot()
         axes.set_axisbelow(True)
         paint(axes)
+        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def draw_panels(theme: Theme, panels: Sequence[tuple[Callable[["Axes"], None], int]], colors: dict[str, str]) -> bytes:
+    """PNG bytes of several axes below each other, each as tall as its rows need; one legend of names and colors for all."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    heights = [max(HEIGHT_IN * 0.6, 1.0 + ROW_IN * rows) if rows else HEIGHT_IN for _, rows in panels]
+    stream = io.BytesIO()
+    with _SETTINGS, matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_settings(theme))
+        figure = Figure(figsize=(WIDTH_IN * 1.4, sum(heights) + 0.4), layout="constrained")
+        axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+        for (paint, _), own in zip(panels, axes, strict=True):
+            own.set_axisbelow(True)
+            paint(own)
+        handles = [Line2D([], [], color=color, marker="o", linestyle="") for color in colors.values()]
+        figure.legend(handles, list(colors), loc="outside upper center", ncols=min(len(colors), LEGEND_COLUMNS))
         figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
     return stream.getvalue()
 

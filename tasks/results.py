@@ -3,13 +3,14 @@
 from typing import Any
 
 from storage.artifacts import Manifest
+from tasks.evaluators import headline_of
 
 
 def result_records(experiment: str, manifests: dict[str, Manifest]) -> list[dict[str, Any]]:
     """One record a model, teacher first, of the stages that are done (`manifests`: stage name -> artifact).
 
     Fields: iteration, role, ref, key, top1 and top5 on the test set in [0, 1] (None: not measured, or not meaningful),
-    val_top1, and of the selection the model learned from: kept, dropped, duplicated (None for a teacher).
+    val_top1, `others` (of every other evaluation its title -> number in [0, 1]), and of the selection the model learned from: kept, dropped, duplicated (None for a teacher).
     """
     records = []
     models = sorted(
@@ -30,6 +31,7 @@ def result_records(experiment: str, manifests: dict[str, Manifest]) -> list[dict
                 "top1": test.get("top1"),
                 "top5": test.get("top5"),
                 "val_top1": val.get("top1"),
+                "others": _others(manifests, manifests[name].key),
                 **{field: selection.get(field) for field in ("kept", "dropped", "duplicated")},
             }
         )
@@ -43,10 +45,18 @@ def gains(records: list[dict[str, Any]]) -> list[float | None]:
 
 
 def _evaluation(manifests: dict[str, Manifest], model: str) -> dict[str, Any]:
-    """What was measured of a model; of one that was fine-tuned afterwards nothing is."""
-    return next(
-        (m.metrics for m in manifests.values() if m.kind == "evaluation" and m.inputs.get("model") == model), {}
-    )
+    """What was measured of a model on clean images; of one that was fine-tuned afterwards nothing is."""
+    return next((m.metrics for m in _evaluations(manifests, model) if m.stage == "evaluate"), {})
+
+
+def _others(manifests: dict[str, Manifest], model: str) -> dict[str, float]:
+    """The numbers that stand for the other evaluations of a model."""
+    found = [headline_of(m) for m in _evaluations(manifests, model) if m.stage != "evaluate"]
+    return {headline.title: headline.value for headline in found if headline is not None}
+
+
+def _evaluations(manifests: dict[str, Manifest], model: str) -> list[Manifest]:
+    return [m for m in manifests.values() if m.kind == "evaluation" and m.inputs.get("model") == model]
 
 
 def _order(name: str) -> tuple[int, bool]:

@@ -6,6 +6,7 @@ from typing import Any
 from storage.artifacts import Manifest
 from storage.errors import StoreError
 from storage.lineage import Lineage
+from tasks.evaluators import headline_of
 from tasks.sources import SPLITS
 
 COMMIT_DIGITS = 7
@@ -16,13 +17,13 @@ def artifact_facts(manifest: Manifest) -> str:
     metrics = manifest.metrics
     facts = {
         "dataset": lambda: ", ".join(_split(s, metrics[s]) for s in SPLITS if s in metrics),
-        "model": lambda: f"val top-1 {metrics['val_top1']:.2%}, {metrics['num_parameters']:,} parameters",
+        "model": lambda: _learned(metrics) + f"{metrics['num_parameters']:,} parameters",
         "labels": lambda: f"{metrics['images']:,} images, mean confidence {metrics['mean_confidence']:.2f}",
         "selection": lambda: (
             f"{metrics['kept']:,} kept, {metrics['dropped']:,} dropped, {metrics['duplicated']:,} duplicated"
             + _empty_classes(metrics["per_class"]["kept"])
         ),
-        "evaluation": lambda: f"test top-1 {metrics['test']['top1']:.2%}",
+        "evaluation": lambda: _measured(manifest),
         "report": lambda: manifest.file("report.html").path,
     }
     try:
@@ -35,7 +36,7 @@ def tested_top1(lineage: Lineage, key: str) -> float | None:
     """A model's top-1 on the test images, in [0, 1], as the evaluation that was made of it says; None where none was."""
     for role, user in lineage.users.get(key, ()):
         manifest = lineage.nodes[user].manifest
-        if role == "model" and manifest is not None and manifest.kind == "evaluation":
+        if role == "model" and manifest is not None and manifest.stage == "evaluate":
             return manifest.metrics.get("test", {}).get("top1")
     return None
 
@@ -56,6 +57,20 @@ def numbers_of(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]
         elif isinstance(value, int | float):
             found[f"{prefix}{name}"] = value
     return found
+
+
+def _learned(metrics: Mapping[str, Any]) -> str:
+    """Top-1 at the end of a training; of weights from outside nothing."""
+    return f"val top-1 {metrics['val_top1']:.2%}, " if "val_top1" in metrics else ""
+
+
+def _measured(evaluation: Manifest) -> str:
+    """The number that stands for an evaluation."""
+    headline = headline_of(evaluation)
+    if headline is None:
+        return evaluation.stage
+    split = f"{evaluation.metrics.get('split', 'test')} "
+    return f"{split}{headline.title} {headline.value:.2%}"
 
 
 def _empty_classes(kept: list[int]) -> str:

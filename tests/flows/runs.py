@@ -34,6 +34,7 @@ TINY = (
     "compute.loader_workers=1",
     "compute.checkpoint_steps=5",
     "compute.task_images=400",
+    "evaluate.corrupted=null",
 )
 
 HEAVY = ("torch", "torchvision", "timm", "prefect", "webdataset")

@@ -90,6 +90,21 @@ class Served:
             assert time.monotonic() < deadline, (state, self.log())
             time.sleep(0.3)
 
+    def states(self, run: str) -> list[str]:
+        """The names of a run's states so far, in order."""
+        states = self.call(f"flow_run_states/?flow_run_id={run}")
+        return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
+
+    def wait_for_restart(self, run: str, crashes: int, timeout_s: float = 150) -> None:
+        """Wait until the run has crashed so often, and is running again."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            states = self.states(run)
+            if states.count("Crashed") == crashes and states[-1] == "Running":
+                return
+            assert time.monotonic() < deadline, (states, self.log())
+            time.sleep(0.5)
+
     def tasks(self, run: str) -> dict[str, str]:
         """The state of each stage of a run, when it was last tried."""
         found = self.call("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run]}}})

@@ -6,6 +6,7 @@ from flows.driver import Rerun
 from flows.experiment import load_experiment
 from flows.graph import STAGES, Node, build_graph, resolve_keys
 from storage.errors import UserError
+from tasks.evaluators import BY_SHORT
 from tests.flows.tiny import FINGERPRINTS, RECIPE, write_recipe
 
 EACH = ["prepare", "unlabeled", "0/teacher", "0/evaluate"] + [
@@ -84,8 +85,9 @@ def test_a_selector_scores_all_images_and_teaches_nobody(tmp_path: Path) -> None
 
 
 def test_every_node_names_its_stage_role_and_section(tmp_path: Path) -> None:
-    nodes = graph(tmp_path, "order=once", "selector.epochs=3")
-    assert {n.stage for n in nodes.values()} == set(STAGES)
+    asked = [f"evaluate.{short}={{}}" for short in BY_SHORT]
+    nodes = graph(tmp_path, "order=once", "selector.epochs=3", *asked)
+    assert {n.stage for n in nodes.values()} == set(STAGES) - {"import", "testset"}, "those of `nst evaluate` alone"
     for node in nodes.values():
         assert isinstance(node.config, STAGES[node.stage].config)
     sections = {
@@ -97,6 +99,26 @@ def test_every_node_names_its_stage_role_and_section(tmp_path: Path) -> None:
         "2/student": ("student", "iterations.2"),
         "1/label": ("label", "label"),
     }
+    assert nodes["2/evaluate-imagenet-c"].section == "evaluate.imagenet_c"
+
+
+def test_an_evaluator_that_a_recipe_asks_for_runs_on_every_model_and_changes_no_other_key(tmp_path: Path) -> None:
+    plain = keys(graph(tmp_path))
+    asked = keys(graph(tmp_path, "evaluate.corrupted={severities: [3]}", "evaluate.fgsm={}"))
+    added = {f"{n}/evaluate-{short}" for n in (0, 1, 2) for short in ("corrupted", "fgsm")}
+    assert asked.keys() - plain.keys() == added
+    assert {name for name in plain if plain[name] != asked[name]} == {"report"}
+    other = keys(graph(tmp_path, "evaluate.corrupted={severities: [4]}", "evaluate.fgsm={}"))
+    assert {n for n in asked if asked[n] != other[n]} == {*(f"{n}/evaluate-corrupted" for n in (0, 1, 2)), "report"}
+
+
+def test_an_archives_place_is_no_part_of_a_key_but_its_listing_is(tmp_path: Path) -> None:
+    found = []
+    for root, listing in (("/a", "1" * 32), ("/b", "1" * 32), ("/a", "2" * 32)):
+        nodes = graph(tmp_path, f"evaluate.subset.root={root}")
+        assert "data" not in nodes["0/evaluate-subset"].inputs
+        found.append(keys(nodes, {f"archive:{root}": listing})["0/evaluate-subset"])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(

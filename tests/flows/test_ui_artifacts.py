@@ -28,7 +28,7 @@ STAGES = (
     *("prepare", "unlabeled", "0/teacher", "0/evaluate"),
     *("1/label", "1/select", "1/student", "1/evaluate", "report"),
 )
-NUM_PICTURES = {"unlabeled": 1, "0/teacher": 3, "1/label": 1, "1/select": 3, "1/student": 3, "1/evaluate": 1}
+NUM_PICTURES = {"unlabeled": 1, "0/teacher": 3, "1/label": 1, "1/select": 3, "1/student": 3, "1/evaluate": 2}
 
 
 class Server:

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tasks.evaluate import accuracy
+from tasks.metrics.classification import accuracy, confusion, hits, ranked_classes, real_accuracy
 
 
 def rows(num_classes: int, *probabilities: dict[int, float]) -> np.ndarray:
@@ -56,3 +58,31 @@ def test_top1_follows_the_prediction_before_rounding_not_the_rounded_probabiliti
 def test_top5_is_not_reported_for_ten_classes_or_fewer(num_classes: int, measured: bool) -> None:
     found = accuracy(np.array([0]), np.array([0]), rows(num_classes, {0: 0.9}))
     assert (found["top5"] is not None) == measured
+
+
+def test_a_confusion_of_three_images_by_hand() -> None:
+    found = confusion(np.array([0, 1, 1]), np.array([0, 2, 1]), 3)
+    assert found.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1))
+def test_rows_of_a_confusion_are_the_classes_images_and_its_diagonal_what_was_right(
+    pairs: list[tuple[int, int]],
+) -> None:
+    labels, predicted = np.array(pairs).T
+    found = confusion(labels, predicted, 5)
+    assert found.sum(axis=1).tolist() == np.bincount(labels, minlength=5).tolist()
+    assert found.sum(axis=0).tolist() == np.bincount(predicted, minlength=5).tolist()
+    assert np.trace(found) == (labels == predicted).sum()
+
+
+def test_fewer_classes_than_five_are_ranked_as_many_as_there_are() -> None:
+    assert ranked_classes(np.array([[0.2, 0.5, 0.3]])).tolist() == [[1, 2, 0]]
+    assert hits(np.array([0]), np.array([[1, 2]])).tolist() == [False]
+
+
+def test_an_image_with_several_right_labels_is_right_with_any_and_one_without_does_not_count() -> None:
+    """Four images: one of two accepted, the only accepted, none of two, nothing accepted."""
+    share, judged = real_accuracy(np.array([3, 1, 4, 0]), [{2, 3}, {1}, {5, 6}, set()])
+    assert (share, judged) == (pytest.approx(2 / 3), 3)
+    assert real_accuracy(np.array([0]), [[]]) == (None, 0)

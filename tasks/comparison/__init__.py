@@ -1,0 +1,1 @@
+"""Several models beside each other, by the evaluations that the store has of them."""
