@@ -38,6 +38,7 @@ POLL_S = 0.3
 BUSY_S = 10.0  # SQLite under a burst of requests
 LOG_LINES = 30
 MOST_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0  # of server and worker together; then something is wrong for good
+DEPLOYMENTS_PAGE = "v2/deployments?limit=50"  # all of them; the page begins with ten, without the whole experiment's
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 
 
@@ -62,7 +63,7 @@ def serve(
         local = LocalPrefect(port, folder, opened.url, runs, Asked())
         try:
             local.start()
-            console.print(f"Prefect's UI:  {local.url}/v2/deployments", highlight=False, soft_wrap=True)
+            console.print(f"Prefect's UI:  {local.url}/{DEPLOYMENTS_PAGE}", highlight=False, soft_wrap=True)
             console.print(f"store:         {opened.url}", highlight=False, soft_wrap=True)
             console.print(f"state, logs:   {folder}", highlight=False, soft_wrap=True)
             console.print("Ctrl-C stops the server, the worker and what it runs", highlight=False)

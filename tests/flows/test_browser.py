@@ -153,6 +153,16 @@ def test_an_untouched_schedule_stores_nothing_that_its_runs_could_not_take(serve
     noisy_student.validate_parameters(parameters)
     assert parameters == deployment["parameters"]
 
+    of_it = {
+        "deployments": {"id": {"any_": [deployment["id"]]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    deadline = time.monotonic() + 100
+    while not (scheduled := served.call("flow_runs/filter", of_it)):
+        assert time.monotonic() < deadline, "the schedule made no runs"
+        time.sleep(0.5)
+    assert all(run["parameters"] == parameters for run in scheduled)
+
 
 def test_retry_of_a_failed_run_does_what_is_missing_once_the_cause_is_gone(served: Served, ui: UI) -> None:
     before = latest_run(Store(str(served.store)), "digits")
@@ -205,7 +215,7 @@ def test_rerun_of_one_stage_from_the_form_makes_it_and_its_successors_anew(
 
 
 def test_a_cancelled_training_leaves_a_checkpoint_and_no_process_and_goes_on_from_there(served: Served, ui: UI) -> None:
-    overrides = [*TINY, "student.epochs=200", "compute.checkpoint_steps=1000000"]
+    overrides = [*TINY, "student.epochs=150", "compute.checkpoint_steps=1000000"]
     run = served.click("noisy-student", recipe="digits", overrides=overrides)
     served.wait(run, "Running")
     ui.open_run(run)
