@@ -46,7 +46,7 @@ class RealLabels:
             number = VALIDATION_NUMBER.search(source)
             place = int(number.group(1)) - 1 if number else -1
             return {self._number(c) for c in self._found[place]} if 0 <= place < len(self._found) else None
-        found = self._found.get(Path(source.split(" row ")[0]).stem)
+        found = self._found.get(Path(source.rpartition(":")[2]).stem)  # of a Parquet file: FILE:PATH
         return None if found is None else {self._number(c) for c in found}
 
     def _number(self, value: Any) -> int:
