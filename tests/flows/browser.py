@@ -109,8 +109,16 @@ class UI:
             expect(entries).to_have_count(n + 1)
             entries.nth(n).fill(value)
 
+    def copy_run(self, overrides: Sequence[str]) -> None:
+        """Open the form as the run whose page is open had it, and see it filled in."""
+        self.do("Copy to new run")
+        entries = self.field("Overrides").get_by_role("textbox")
+        expect(entries).to_have_count(len(overrides))
+        assert [entry.input_value() for entry in entries.all()] == list(overrides)
+
     def submit(self) -> str:
         """Send the form, and follow the link to the run; its id. Looks away then."""
+        expect(self.page.get_by_role("textbox", name="Run Name")).not_to_have_value("")
         self.button("Submit").click()
         self.page.get_by_role("link", name="View run").click()
         self.page.wait_for_url("**/runs/flow-run/*")

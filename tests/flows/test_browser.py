@@ -197,7 +197,7 @@ def test_rerun_of_one_stage_from_the_form_makes_it_and_its_successors_anew(
 ) -> None:
     first, before = shown
     ui.open_run(first)
-    ui.do("Copy to new run")
+    ui.copy_run(TINY)
     assert ui.choices("Rerun") == ["nothing", *ROLES]
     ui.choose("Rerun", "select")
     ui.picture("rerun")
@@ -232,7 +232,7 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_no_process_and_goes_on_fro
     assert open_checkpoints(served.store) == 1, served.log()
     (checkpoint,) = list_checkpoints(Store(str(served.store)), keys(record_of(served, run))["1/student"])
 
-    ui.do("Copy to new run")
+    ui.copy_run(overrides)
     again = ui.submit()
     served.wait(again, "Completed", timeout_s=400)
     student = provenance(served, record_of(served, run), "1/student")
