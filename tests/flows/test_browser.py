@@ -26,6 +26,8 @@ from tests.flows.browser import NARROW, UI, WIDE, open_browser
 from tests.flows.runs import TINY, open_checkpoints
 from tests.flows.served import Served, serving_store
 
+pytestmark = pytest.mark.soak  # minutes, and a browser beside a server on two cores
+
 STAGES = ("prepare", "unlabeled", "0/teacher", "0/evaluate", "1/label", "1/select", "1/student", "1/evaluate", "report")
 DRAWN = (
     "prepare",
