@@ -9,7 +9,7 @@ nothing that looks whole and is not.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -102,13 +102,18 @@ def bury(store: Store, manifest: Manifest) -> None:
 def reachable(manifests: Iterable[Manifest], roots: Iterable[str]) -> set[str]:
     """The keys that lineage leads to from some keys, themselves included."""
     inputs = {manifest.key: tuple(manifest.inputs.values()) for manifest in manifests}
+    return closure(roots, lambda key: inputs.get(key, ()))
+
+
+def closure(keys: Iterable[str], next_to: Callable[[str], Iterable[str]]) -> set[str]:
+    """The keys that steps lead to from some keys, themselves included."""
     found: set[str] = set()
-    waiting = list(roots)
+    waiting = list(keys)
     while waiting:
         key = waiting.pop()
         if key not in found:
             found.add(key)
-            waiting += inputs.get(key, ())
+            waiting += next_to(key)
     return found
 
 

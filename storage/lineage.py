@@ -13,7 +13,7 @@ from typing import Any
 
 from storage.artifacts import SOURCE_ROLE, Manifest, manifest_of
 from storage.errors import StoreError, UserError
-from storage.gc import TOMBSTONE
+from storage.gc import TOMBSTONE, closure
 from storage.objects import Store
 from storage.runs import resolve_ref
 
@@ -183,14 +183,7 @@ class Lineage:
         return key in self.nodes and self.nodes[key].manifest is not None
 
     def _closure(self, keys: Iterable[str], up: bool) -> set[str]:
-        found: set[str] = set()
-        waiting = list(keys)
-        while waiting:
-            key = waiting.pop()
-            if key not in found:
-                found.add(key)
-                waiting += self.inputs(key) if up else self.made_of(key)
-        return found
+        return closure(keys, self.inputs if up else self.made_of)
 
 
 def read_lineage(store: Store) -> Lineage:

@@ -201,7 +201,13 @@ def test_a_run_that_says_nothing_for_two_minutes_is_started_again(finished_copy:
         stopped = wait_for_training(served, run)[0]
         stopped.suspend()
         served.wait_for_restart(run, crashes=1, timeout_s=300)
+        states = served.call(f"flow_run_states/?flow_run_id={run}")
+        assert [s["message"] for s in states if s["name"] == "Crashed"] == [
+            "the run's process has not been heard of for two minutes"
+        ]
+        assert stopped.status() == psutil.STATUS_STOPPED, "nobody saw it end"
         stopped.kill()
+        assert stopped.pid not in {process.pid for process in wait_for_training(served, run)}, "another one works on"
 
 
 @pytest.mark.soak
