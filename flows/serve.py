@@ -110,11 +110,14 @@ class LocalPrefect:
         self._paused = folder / "paused-by-stop"  # the work pool, for as long as its last runs are being stopped
 
     def start(self) -> None:
-        """Start the server, then the worker, then deploy. Raises Stopped, or WorkerFailed with the log of what failed."""
+        """Start the server, then the worker, then deploy. Raises Stopped, or WorkerFailed with the log of what failed.
+
+        The automations first: one that is written anew forgets the crashes that it was to act on.
+        """
         self._start_server()
+        self._do("automations", "flows.cli", "automations")
         self._start_worker("nst serve was killed")
         self._do("deploy", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(ROOT / "prefect.yaml"))
-        self._do("automations", "flows.cli", "automations")
 
     def watch(self) -> None:
         """Return never: raises Stopped when asked to, WorkerFailed where server or worker end again and again."""

@@ -127,7 +127,8 @@ def stage_task(retries: int, on_retry: Callable[[str], None]) -> Any:
         """Asked by Prefect where an attempt failed and another is left."""
         again = may_pass(state.data)
         if again:
-            cause, delay = str(state.data).splitlines()[0], delays[task_run.run_count - 1]
+            cause = str(state.data).splitlines()[0]
+            delay = delays[min(task_run.run_count, retries) - 1]  # a run that crashed and goes on counts on
             on_retry(f"{task_run.name} is tried again in {delay:.0f} s, and goes on where it was: {cause}")
         return again
 
