@@ -31,13 +31,16 @@ def automations() -> None:
         )
     with get_client(sync_client=True) as client:
         for wanted in yaml.safe_load(FILE.read_text())["automations"]:
-            found = client.read_automations_by_name(wanted["name"])
-            if found:
-                kept = {"enabled": found[0].enabled}
-                client.update_automation(found[0].id, AutomationCore.model_validate({**wanted, **kept}))
-            else:
+            found, done = client.read_automations_by_name(wanted["name"]), "created"
+            if not found:
                 client.create_automation(AutomationCore.model_validate(wanted))
-            console.print(f"{'updated' if found else 'created'}: {wanted['name']}", highlight=False)
+            else:
+                kept = AutomationCore.model_validate({**wanted, "enabled": found[0].enabled})
+                done = "unchanged"
+                if kept.model_dump() != found[0].model_dump(include=set(AutomationCore.model_fields)):
+                    client.update_automation(found[0].id, kept)  # which forgets the crashes that it was to act on
+                    done = "updated"
+            console.print(f"{done}: {wanted['name']}", highlight=False)
 
 
 def end_crash_loop(flow_run: Any) -> None:

@@ -115,7 +115,7 @@ def test_automations_are_created_once_and_stay_off_where_somebody_switched_them_
     assert sorted(automation["name"] for automation in found) == sorted(wanted)
     assert all(automation["enabled"] for automation in found)
     set_enabled(prefect_server, found[0]["id"], False)
-    assert [f"updated: {name}" for name in wanted] == nst("automations", cwd=tmp_path, **environment).splitlines()
+    assert [f"unchanged: {name}" for name in wanted] == nst("automations", cwd=tmp_path, **environment).splitlines()
     again = {automation["id"]: automation["enabled"] for automation in post(f"{prefect_server}/automations/filter", {})}
     assert again == {automation["id"]: automation is not found[0] for automation in found}
 
