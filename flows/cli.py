@@ -21,6 +21,7 @@ from flows import automations, evaluation_commands, inspect_commands, serve, sto
 from flows.driver import Rerun, Run, find_node, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment
 from flows.next import next_run
+from flows.openlineage_sender import open_client
 from flows.terminal import (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -248,7 +249,11 @@ def _exit_on_signal(signum: int, frame: object) -> None:
 
 
 def _set_up_prefect(mode: PrefectMode) -> None:
-    """Choose Prefect's API before Prefect is imported. Raises UserError where a server is asked for but not named."""
+    """Choose Prefect's API before Prefect is imported.
+
+    Raises UserError where a server is asked for but not named, or OpenLineage events that cannot be sent.
+    """
+    open_client()  # the flow opens its own, after the seconds that Prefect takes to start
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     if mode is PrefectMode.ephemeral:

@@ -3,11 +3,12 @@
 Knows neither Prefect nor the terminal: `do_stage` says how a stage is carried out.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from flows.experiment import Experiment
 from flows.graph import ROLES, STAGES, Node, build_graph, made_from, resolve_keys
+from flows.openlineage_sender import announced, open_client
 from models.compute import LocalEngine
 from models.launch import warm_up
 from models.numerics import package_versions
@@ -22,11 +23,10 @@ from storage.shards import shard_files
 from tasks.evaluators.contract import EvaluatorConfig
 from tasks.ingest import fingerprint, open_source
 from tasks.sources import LABELED_SPLITS, SPLITS, SourceFile
-from tasks.stage import StageOutcome, StageRequest, missing_inputs
+from tasks.stage import DoStage, StageOutcome, StageRequest, missing_inputs
 from tasks.train import check_batches, check_compute, check_unlabeled_batch
 
 NEED_TORCH = ("model", "labels", "evaluation")  # kinds of artifacts whose stages run a network
-DoStage = Callable[[StageRequest], StageOutcome]
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def find_node(run: Run, name: str) -> Node:
 
 def execute(run: Run, do_stage: DoStage, only: Collection[str] | None = None) -> RunRecord:
     """Do every stage in order (`only`: these, with their inputs), check what can be checked before training, set the refs."""
+    client = open_client()
     run.store.check_writable()
     nodes = run.nodes if only is None else made_from(run.nodes, only)
     with at_work(run.store, run.experiment.name):
@@ -140,19 +141,23 @@ def execute(run: Run, do_stage: DoStage, only: Collection[str] | None = None) ->
         records = [run.records[node.name] for node in nodes]
         if any(find(run.store, r.kind, r.key) is None for r in records if r.kind in NEED_TORCH):
             warm_up()
-        for node in nodes:
-            execute_node(run, node, do_stage)
-            if node.stage == "unlabeled":  # both data sets are there
-                preflight(run)
+        with announced(client, run.store, run.experiment.name, do_stage, record.name) as do_announced:
+            for node in nodes:
+                execute_node(run, node, do_announced)
+                if node.stage == "unlabeled":  # both data sets are there
+                    preflight(run)
     return record
 
 
 def execute_one(run: Run, name: str, do_stage: DoStage) -> StageOutcome:
     """Do one stage of a run. Raises UserError naming the stages to run first where its inputs are not there."""
-    node = find_node(run, name)
+    node, client = find_node(run, name), open_client()
     run.store.check_writable()
-    with at_work(run.store, f"{run.experiment.name}/{name}"):
-        return execute_node(run, node, do_stage)
+    with (
+        at_work(run.store, f"{run.experiment.name}/{name}"),
+        announced(client, run.store, run.experiment.name, do_stage) as do_announced,
+    ):
+        return execute_node(run, node, do_announced)
 
 
 def execute_node(run: Run, node: Node, do_stage: DoStage) -> StageOutcome:

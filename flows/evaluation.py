@@ -4,13 +4,14 @@ The artifact is the one that a recipe would make with the same settings, model a
 Prefect nor the terminal: `do_stage` says how a stage is carried out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from flows.graph import STAGES
+from flows.openlineage_sender import announced, open_client
 from flows.overrides import apply_override, explain, split_override
 from models.compute import ComputeConfig
 from storage.artifacts import SOURCE_ROLE, Manifest, find
@@ -24,13 +25,12 @@ from tasks.evaluators import BY_SHORT, Evaluator
 from tasks.evaluators.archives import ArchiveConfig
 from tasks.evaluators.contract import EvaluatorConfig
 from tasks.imported import ImportConfig
-from tasks.stage import StageOutcome, StageRequest
+from tasks.stage import DoStage, StageRequest
 from tasks.testset import TestsetConfig
 
 OUTSIDE = ("local-dir:", "hf-hub:")  # how weights from outside are named, besides timm's NAME.TAG
 SHORT_KEY = 12
-
-DoStage = Callable[[StageRequest], StageOutcome]
+REFS = "evaluations"  # where those of evaluations begin, as an experiment's do with its name
 
 
 class _Overridden(Config):
@@ -55,15 +55,16 @@ def evaluate(
     Raises UserError on whatever does not fit, before a network is run.
     """
     config, compute = settings(evaluator, data, overrides)
+    client = open_client()
     store.check_writable()
-    with at_work(store, f"evaluate {evaluator.short}"):
+    with at_work(store, f"evaluate {evaluator.short}"), announced(client, store, REFS, do_stage) as do_stage:
         network = _model(store, model, compute, do_stage)
         inputs = {"model": network}
         if evaluator.data:
             inputs["data"] = _data(store, network, model, data, compute, do_stage)
         sources = {SOURCE_ROLE: config.fingerprint()} if config.external() else {}
         made = _do(store, evaluator, config, inputs, sources, compute, do_stage)
-        set_ref(store, f"evaluations/{evaluator.short}/{made.key[:SHORT_KEY]}", made.kind, made.key)
+        set_ref(store, f"{REFS}/{evaluator.short}/{made.key[:SHORT_KEY]}", made.kind, made.key)
     return made
 
 

@@ -18,7 +18,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flows.driver import DoStage
 from flows.experiment import DEFAULT_STORE
 from flows.studies import DEFAULT_SCALE, Grid, GridRun, load_study, make_grid, shipped_studies
 from flows.study_pages import (
@@ -36,6 +35,7 @@ from flows.study_table import Failure, Row, make_rows, summary
 from flows.terminal import EXIT_FAILED, JsonOption, StoreOption, console, errors
 from storage.errors import UserError
 from storage.objects import Store
+from tasks.stage import DoStage
 
 
 def study(

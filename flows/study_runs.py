@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flows.driver import DoStage, Rerun, Run, execute, list_sources, resolve_run
+from flows.driver import Rerun, Run, execute, list_sources, resolve_run
 from flows.graph import STAGES, resolve_keys
 from flows.studies import Grid, GridRun, Images, StudyScale
 from flows.study_cost import gpu_days
@@ -20,6 +20,7 @@ from storage.objects import Store
 from storage.runs import NodeRecord, RunRecord, list_runs
 from tasks.results import result_records
 from tasks.sources import SourceFile
+from tasks.stage import DoStage
 
 ONLY_UNLABELED = {"unlabeled", "unlabeled_root", "in_place", "leaks"}
 

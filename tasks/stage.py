@@ -6,7 +6,8 @@
 import platform
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -25,8 +26,29 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 10.0, 3600.0
 
 
 @dataclass(frozen=True)
+class StageOutcome:
+    """The artifact, and whether it was there already."""
+
+    manifest: Manifest
+    reused: bool
+
+
+Announce = Callable[["StageRequest"], AbstractContextManager[Callable[[StageOutcome], None]]]
+
+
+@contextmanager
+def unannounced(request: "StageRequest") -> Iterator[Callable[[StageOutcome], None]]:
+    """Tell nobody of a stage."""
+    yield lambda outcome: None
+
+
+@dataclass(frozen=True)
 class StageRequest:
-    """One stage to be done: its identity, its whole config (fields outside the key too) and its inputs' kinds."""
+    """One stage to be done: its identity, its whole config (fields outside the key too) and its inputs' kinds.
+
+    `announce` is entered where an attempt at the stage begins and left where it ends, with an error or without; what it
+    yields is given the outcome. It must not fail.
+    """
 
     store: str
     record: NodeRecord
@@ -35,14 +57,10 @@ class StageRequest:
     input_kinds: dict[str, str]
     compute: ComputeConfig
     prefect_run: str = ""
+    announce: Announce = unannounced
 
 
-@dataclass(frozen=True)
-class StageOutcome:
-    """The artifact, and whether it was there already."""
-
-    manifest: Manifest
-    reused: bool
+DoStage = Callable[[StageRequest], StageOutcome]
 
 
 def run_stage(
@@ -54,6 +72,13 @@ def run_stage(
 
     A failure leaves parts and checkpoints for the next attempt; UserError and WorkerFailed say which stage and artifact.
     """
+    with request.announce(request) as tell:
+        outcome = _reuse_or_make(request, on_progress, on_log)
+        tell(outcome)
+    return outcome
+
+
+def _reuse_or_make(request: StageRequest, on_progress: OnProgress, on_log: Callable[[str], None]) -> StageOutcome:
     store, record = Store(request.store), request.record
     existing = find(store, record.kind, record.key)
     if existing is not None:
