@@ -27,7 +27,10 @@ FEW = 12  # lines of a long list that are printed
 
 
 def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
-    """List the artifacts of a store."""
+    """List the artifacts of a store.
+
+    Example: nst ls --store s3://team/nst
+    """
     manifests = list_artifacts(Store(store))
     if as_json:
         wanted = {"kind", "key", "stage", "inputs"}
@@ -43,7 +46,10 @@ def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
 
 
 def show(ref: RefArgument, store: StoreOption = "nst-store") -> None:
-    """Print an artifact's manifest."""
+    """Print an artifact's manifest: config, inputs, files, metrics, where and by what it was made. It is JSON.
+
+    Example: nst show digits/2/student
+    """
     print(artifact_of(Store(store), ref).model_dump_json(indent=1))
 
 
@@ -75,7 +81,10 @@ def export(
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
     store: StoreOption = "nst-store",
 ) -> None:
-    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+    Example: nst export digits/2/student my-student
+    """
     opened = Store(store)
     manifest = artifact_of(opened, ref)
     if manifest.kind != "model":
@@ -144,9 +153,6 @@ def gc(
         print(json.dumps({"deleted": delete, "kept_artifacts": sweep.kept_artifacts, "garbage": named}, indent=1))
         return
     _print_sweep(sweep, delete, days)
-
-
-COMMANDS = (ls, show, report, export, verify, gc)
 
 
 def _print_verdict(store: Store, verdict: Verdict, discarded: list[str]) -> None:

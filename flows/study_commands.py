@@ -81,9 +81,6 @@ def study(
         raise typer.Exit(EXIT_FAILED)
 
 
-COMMANDS = (study,)
-
-
 def _list_studies(scale: str, as_json: bool) -> None:
     """Every shipped study at a scale; reuse is counted from the settings, without data."""
     grids = [make_grid(load_study(path.stem), scale) for path in shipped_studies()]
