@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from storage.artifacts import Manifest
-from tasks.comparison.compare import Group, Measure, Pair
+from tasks.comparison.compare import UNITS, Group, Measure, Pair
 
 
 def evaluation_table(evaluation: Manifest) -> Table:
@@ -76,7 +76,7 @@ def _cell(measure: Measure, model: str) -> str:
     value = measure.values.get(model)
     if value is None:
         return "-"
-    scale, digits = {"share": (100, 2), "rate": (1, 1), "distance": (1, 3)}[measure.unit]
+    scale, digits = UNITS[measure.unit]
     text = f"{scale * value.value:.{digits}f}"
     if value.low is not None and value.high is not None:
         text += f" [dim]({scale * value.low:.1f} - {scale * value.high:.1f})[/]"

@@ -24,6 +24,7 @@ from tasks.metrics.significance import holm, mcnemar, paired_bootstrap, wilson_i
 
 SPLIT = "test"
 SIGNIFICANT = 0.05
+UNITS = {"share": (100, 2), "rate": (1, 1), "distance": (1, 3)}  # factor and decimals as people read them: shares in %
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,27 @@ def compare(store: Store, models: Mapping[str, Manifest], baseline: str = "") ->
     `baseline`: the model by whose errors and flips those of the others are divided; empty: the first. Raises UserError where the models
     have no evaluation in common.
     """
-    groups = [group for group in _grouped(store, models) if len(group.manifests) > 1]
+    named = baseline or next(iter(models))
+    groups = [group for group in evaluations_of(store, models, named) if len(group.manifests) > 1]
     if not groups:
         raise UserError(
             f"{', '.join(models)} have no evaluation in common; measure each of them first, e.g. nst evaluate clean "
             f"{next(iter(models))} --data DATA"
         )
-    named = baseline or next(iter(models))
     for group in groups:
-        group.measures = MEASURES[_form(group)](group, named)
         group.pairs = _pairs(store, group)
+    return groups
+
+
+def evaluations_of(store: Store, models: Mapping[str, Manifest], baseline: str = "") -> list[Group]:
+    """All evaluations of some models (name -> artifact) with their numbers, in the order of EVALUATORS; pairs are not tested.
+
+    Of those that were made again the newest counts; those of another version of their evaluator do not. `baseline`: as in
+    `compare`; empty: nothing is divided.
+    """
+    groups = _grouped(store, models)
+    for group in groups:
+        group.measures = MEASURES[_form(group)](group, baseline)
     return groups
 
 
