@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from storage.artifacts import Manifest
-from tasks.comparison.compare import UNITS, Group, Measure, Pair
+from tasks.comparison.compare import Group, Measure, Pair
 
 
 def evaluation_table(evaluation: Manifest) -> Table:
@@ -76,10 +76,8 @@ def _cell(measure: Measure, model: str) -> str:
     value = measure.values.get(model)
     if value is None:
         return "-"
-    scale, digits = UNITS[measure.unit]
-    text = f"{scale * value.value:.{digits}f}"
-    if value.low is not None and value.high is not None:
-        text += f" [dim]({scale * value.low:.1f} - {scale * value.high:.1f})[/]"
+    interval = measure.interval(model)
+    text = measure.number(model) + (f" [dim]({interval})[/]" if interval else "")
     choose = max if measure.better == "larger" else min
     best = choose(other.value for other in measure.values.values())
     return f"[bold]{text}[/]" if len(measure.values) > 1 and value.value == best else text

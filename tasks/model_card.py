@@ -17,7 +17,7 @@ from storage.artifacts import SOURCE_ROLE, Manifest
 from storage.lineage import Lineage, LineageNode, read_lineage
 from storage.objects import Store
 from storage.runs import RunRecord, read_run
-from tasks.comparison.compare import UNITS, Group, Measure, evaluations_of
+from tasks.comparison.compare import Group, evaluations_of
 from tasks.inspection.facts import artifact_facts, code_of, tested_top1
 from tasks.label import model_roles
 from tasks.markdown import escaped
@@ -78,7 +78,7 @@ def _page(store: Store, lineage: Lineage, ref: str, model: Manifest, groups: Seq
         "input": described["pretrained_cfg"],
         "classes": names[:MOST_CLASSES],
         "num_classes": len(names),
-        "groups": [{"evaluator": g.evaluator, "of": g.of, "key": g.manifests[ref].key, "rows": [_measured(m, ref) for m in g.measures]} for g in groups],
+        "groups": [{"evaluator": g.evaluator, "of": g.of, "key": g.manifests[ref].key, "measures": g.measures} for g in groups],
         "clean": next((g.manifests[ref].metrics["test"] for g in groups if _is_own_test(g.manifests[ref], model)), None),
         "training": TrainConfig.model_validate(model.config) if "model" in model.config else None,
         "settings": json.dumps(_without_folder(model.config), indent=1, ensure_ascii=False),
@@ -151,16 +151,6 @@ def _selection(node: LineageNode) -> Row:
 def _is_own_test(evaluation: Manifest, model: Manifest) -> bool:
     """Whether it is of the clean test images that belong to the model's own training data."""
     return evaluation.stage == "evaluate" and evaluation.inputs["data"] == model.inputs.get("data")
-
-
-def _measured(measure: Measure, ref: str) -> tuple[str, str, str]:
-    """A number's name with its unit, the number and its 95 % interval as they are printed."""
-    factor, digits = UNITS[measure.unit]
-    value = measure.values[ref]
-    interval = (
-        "" if value.low is None or value.high is None else f"{factor * value.low:.1f} to {factor * value.high:.1f}"
-    )
-    return measure.name + (", %" if measure.unit == "share" else ""), f"{factor * value.value:.{digits}f}", interval
 
 
 def _results(lineage: Lineage, ref: str, group: Group) -> "list[EvalResult]":

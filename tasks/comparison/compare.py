@@ -4,7 +4,7 @@ Only like is laid beside like: evaluations with the same settings, on the same d
 rate or a distance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -44,6 +44,23 @@ class Measure:
     values: dict[str, Value]
     better: str = "larger"
     unit: str = "share"
+
+    @property
+    def title(self) -> str:
+        """The name with the unit of `number`."""
+        return f"{self.name}, %" if self.unit == "share" else self.name
+
+    def number(self, model: str) -> str:
+        """A model's number as people read it; - where there is none."""
+        factor, digits = UNITS[self.unit]
+        return f"{factor * self.values[model].value:.{digits}f}" if model in self.values else "-"
+
+    def interval(self, model: str) -> str:
+        """Its 95 % interval in the same unit; empty where it has none."""
+        factor, value = UNITS[self.unit][0], self.values.get(model)
+        if value is None or value.low is None or value.high is None:
+            return ""
+        return f"{factor * value.low:.1f} - {factor * value.high:.1f}"
 
 
 @dataclass(frozen=True)
@@ -94,12 +111,20 @@ def compare(store: Store, models: Mapping[str, Manifest], baseline: str = "") ->
 
 
 def evaluations_of(store: Store, models: Mapping[str, Manifest], baseline: str = "") -> list[Group]:
-    """All evaluations of some models (name -> artifact) with their numbers, in the order of EVALUATORS; pairs are not tested.
+    """All evaluations of some models that a store has, by today's versions of the evaluators; see group_evaluations."""
+    current = [m for m in list_artifacts(store, kind="evaluation") if _is_current(m)]
+    return group_evaluations(current, models, baseline)
 
-    Of those that were made again the newest counts; those of another version of their evaluator do not. `baseline`: as in
-    `compare`; empty: nothing is divided.
+
+def group_evaluations(
+    evaluations: Iterable[Manifest], models: Mapping[str, Manifest], baseline: str = ""
+) -> list[Group]:
+    """Those evaluations that are of some models (name -> artifact) with their numbers, in the order of EVALUATORS.
+
+    Of those that were made again the newest counts. `baseline`: as in `compare`; empty: nothing is divided. Pairs are not
+    tested.
     """
-    groups = _grouped(store, models)
+    groups = _grouped(evaluations, models)
     for group in groups:
         group.measures = MEASURES[_form(group)](group, baseline)
     return groups
@@ -132,14 +157,19 @@ def _clean_images(store: Store, evaluation: Manifest) -> tuple[list[str], np.nda
     return index["key"].to_pylist(), labels, predicted, labels == predicted
 
 
-def _grouped(store: Store, models: Mapping[str, Manifest]) -> list[Group]:
+def _is_current(evaluation: Manifest) -> bool:
+    evaluator = EVALUATORS.get(evaluation.stage)
+    return evaluator is not None and evaluation.stage_version == evaluator.version
+
+
+def _grouped(evaluations: Iterable[Manifest], models: Mapping[str, Manifest]) -> list[Group]:
     names = {manifest.key: name for name, manifest in models.items()}
     found: dict[tuple[int, bytes], Group] = {}
     order = list(EVALUATORS)
-    for manifest in list_artifacts(store, kind="evaluation"):
-        evaluator = EVALUATORS.get(manifest.stage)
+    for manifest in evaluations:
+        evaluator = EVALUATORS[manifest.stage]
         name = names.get(manifest.inputs.get("model", ""))
-        if evaluator is None or name is None or manifest.stage_version != evaluator.version:
+        if name is None:
             continue
         others = {role: key for role, key in manifest.inputs.items() if role != "model"}
         identity = order.index(evaluator.name), canonical_json([manifest.config, others])
