@@ -86,11 +86,13 @@ def markdown_page(grid: Grid, rows: Sequence[Row], failures: Sequence[Failure], 
         "",
         *question_lines(grid),
         "",
+        RULE,
+        "",
         *table_lines(rows),
         "",
         f"![Differences, the paper's and ours]({picture})",
         "",
-        *_amiss(rows, failures),
+        *missing_lines(rows, failures),
         f"Made by `{command}`. Measured networks, by seed:",
         "",
         *(f"* {row.name} ({row.network}): {', '.join(key[:12] for key in row.keys) or 'none'}" for row in rows),
@@ -114,7 +116,7 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
     columns = _columns(rows)
     unit = "are what the column `measure` says" if "measure" in columns else f"are {rows[0].measure}"
     return [
-        f"Numbers {unit}. {RULE}",
+        f"Numbers {unit}.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'|'.join('---' if name in LEFT else '--:' for name in columns)}|",
@@ -178,8 +180,8 @@ def _with_error(value: float | None, error: float | None, digits: int, sign: str
     return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _amiss(rows: Sequence[Row], failures: Sequence[Failure]) -> list[str]:
-    """What a reader of the page must know of numbers that are not there."""
+def missing_lines(rows: Sequence[Row], failures: Sequence[Failure]) -> list[str]:
+    """What a reader of a page must know of numbers that are not there, as Markdown."""
     lines = [f"* failed: {line}" for line in failure_lines(failures)]
     lines += [f"* {row.name}: {note}" for row in rows for note in row.notes]
     return ["Missing:", "", *lines, ""] if lines else []

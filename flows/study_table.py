@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from flows.studies import Direction, Grid, Metric, Study, Variant
+from storage.artifacts import Manifest
 from storage.errors import UserError
 
 # 97.5 % quantiles of Student's t by degrees of freedom; any table of it
@@ -34,10 +35,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the store has of a study's runs: the records of `tasks/results.py` by (variant, seed), and what is amiss."""
+    """What the store has of a study's runs: the records of `tasks/results.py` by (variant, seed), what is amiss, and the
+    artifacts that they are of."""
 
     records: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
     notes: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    artifacts: Mapping[tuple[str, int], Sequence[Manifest]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
