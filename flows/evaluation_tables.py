@@ -88,7 +88,7 @@ def _verdict(pair: Pair) -> str:
     told = f"{pair.better} is significantly better" if pair.better else "no significant difference"
     return (
         f"{pair.b} less {pair.a}: {100 * pair.difference:+.2f} points ({100 * pair.low:+.2f} to {100 * pair.high:+.2f}), "
-        f"{pair.won:,} images won, {pair.lost:,} lost, McNemar p {pair.chance:.2g}: {told}"
+        f"{pair.won:,} images won, {pair.lost:,} lost, {pair.test} p {pair.chance:.2g}: {told}"
     )
 
 

@@ -4,26 +4,24 @@ Only like is laid beside like: evaluations with the same settings, on the same d
 rate or a distance.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from storage.artifacts import Manifest, get, list_artifacts
 from storage.errors import UserError
 from storage.keys import canonical_json
 from storage.objects import Store
-from storage.shards import read_index, read_tables
+from tasks.comparison.images import SPLIT, correct_images, image_scores
 from tasks.evaluators import EVALUATORS, Evaluator
-from tasks.evaluators.altered import classes_of, first_classes
 from tasks.metrics.corruption import check_baseline
-from tasks.metrics.significance import holm, mcnemar, paired_bootstrap, wilson_interval
+from tasks.metrics.significance import bootstrap_chance, holm, mcnemar, paired_bootstrap, wilson_interval
 
-SPLIT = "test"
 SIGNIFICANT = 0.05
+TESTS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"McNemar": mcnemar, "bootstrap": bootstrap_chance}
 UNITS = {"share": (100, 2), "rate": (1, 1), "distance": (1, 3)}  # factor and decimals as people read them: shares in %
 
 
@@ -65,9 +63,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models on the same images: b's top-1 less a's with its 95 % interval (bootstrap), and McNemar's chance (Holm).
+    """Two models on the same images: b's top-1 less a's with its 95 % interval (bootstrap), and a test's chance (Holm).
 
-    `better`: the name of the one that is significantly better; empty: neither is. `won`: images that b alone gets right.
+    `test`: McNemar's; of corruptions the bootstrap's, as an image has many predictions: its score is the share that is right.
+    `better`: the name of the one that is significantly better; empty: neither is. `won`: images that b alone gets right, or
+    under more corruptions.
     """
 
     a: str
@@ -75,6 +75,7 @@ class Pair:
     difference: float
     low: float
     high: float
+    test: str
     chance: float
     better: str
     won: int
@@ -128,33 +129,6 @@ def group_evaluations(
     for group in groups:
         group.measures = MEASURES[_form(group)](group, baseline)
     return groups
-
-
-def correct_images(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray] | None:
-    """Keys, labels, predicted classes [n] and whether they are right [n], of the images that top-1 is measured on.
-
-    None where an evaluation has several predictions of an image.
-    """
-    if evaluation.stage == "evaluate":
-        return _clean_images(store, evaluation)
-    if evaluation.stage == "evaluate-subset":
-        rows = pa.concat_tables(read_tables(store, evaluation.files_under("predictions/")))
-        labels, predicted = rows["label"].to_numpy(), first_classes(rows)
-        return rows["key"].to_pylist(), labels, predicted, labels == predicted
-    return None
-
-
-def _clean_images(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray] | None:
-    files = evaluation.files_under(f"predictions/{SPLIT}/")
-    if not files:
-        return None
-    model = get(store, "model", evaluation.inputs["model"])
-    data = get(store, "dataset", evaluation.inputs["data"])
-    index = read_index(store, data, SPLIT, ["key", "label"])
-    classes = np.array(classes_of(model, data.metrics["class_names"], "the data"))
-    labels = classes[index["label"].to_numpy()]
-    predicted = pa.concat_tables(read_tables(store, files, ["label"]))["label"].to_numpy()
-    return index["key"].to_pylist(), labels, predicted, labels == predicted
 
 
 def _is_current(evaluation: Manifest) -> bool:
@@ -288,17 +262,18 @@ def _relative(what: str, numbers: Mapping[str, Mapping[str, float]], named: str)
 
 def _pairs(store: Store, group: Group) -> list[Pair]:
     """Each model against the first, and each against the one before it, on the same images."""
-    found = {name: correct_images(store, manifest) for name, manifest in group.manifests.items()}
-    right = {name: images[3] for name, images in found.items() if images is not None}
-    names = list(right)
+    found = {name: image_scores(store, manifest) for name, manifest in group.manifests.items()}
+    scores = {name: own for name, own in found.items() if own is not None}
+    names = list(scores)
     wanted = list(dict.fromkeys([*((names[0], name) for name in names[1:]), *pairwise(names)])) if names else []
-    chances = holm({f"{a}\n{b}": mcnemar(right[a], right[b]) for a, b in wanted})
+    test = "bootstrap" if _form(group) == "errors" else "McNemar"
+    chances = holm({f"{a}\n{b}": TESTS[test](scores[a], scores[b]) for a, b in wanted})
     pairs = []
     for a, b in wanted:
-        difference, chance = float(right[b].mean() - right[a].mean()), chances[f"{a}\n{b}"]
+        difference, chance = float(scores[b].mean() - scores[a].mean()), chances[f"{a}\n{b}"]
         better = "" if chance >= SIGNIFICANT else b if difference > 0 else a
-        won, lost = int((~right[a] & right[b]).sum()), int((right[a] & ~right[b]).sum())
-        pairs.append(Pair(a, b, difference, *paired_bootstrap(right[a], right[b]), chance, better, won, lost))
+        won, lost = int((scores[b] > scores[a]).sum()), int((scores[b] < scores[a]).sum())
+        pairs.append(Pair(a, b, difference, *paired_bootstrap(scores[a], scores[b]), test, chance, better, won, lost))
     return pairs
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from storage.artifacts import Manifest
 from storage.objects import Store
-from tasks.comparison.compare import SPLIT, Group, Measure
+from tasks.comparison.compare import Group, Measure
+from tasks.comparison.images import SPLIT
 from tasks.inspection.images import contact_sheet, read_images
 from tasks.report_figures import LIGHT, PANEL_WIDTH_IN, Theme, draw_panels
 
