@@ -82,7 +82,7 @@ def _page(store: Store, lineage: Lineage, ref: str, model: Manifest, groups: Seq
         "clean": next((g.manifests[ref].metrics["test"] for g in groups if _is_own_test(g.manifests[ref], model)), None),
         "training": TrainConfig.model_validate(model.config) if "model" in model.config else None,
         "settings": json.dumps(_without_folder(model.config), indent=1, ensure_ascii=False),
-        "run": _first_run(store, lineage.nodes[model.key]),
+        "run": _first_run(store, lineage.nodes[model.key], ref),
         "datasets": [_made(node) for node in _made_from(lineage, model, "dataset")],
         "labels": [_labels(lineage, node) for node in _made_from(lineage, model, "labels")],
         "selections": [_selection(node) for node in _made_from(lineage, model, "selection")],
@@ -199,11 +199,12 @@ def _without_folder(config: Row) -> Row:
     return config
 
 
-def _first_run(store: Store, node: LineageNode) -> RunRecord | None:
-    """The oldest run of an experiment that has the model; None where it was made outside of any."""
+def _first_run(store: Store, node: LineageNode, ref: str) -> RunRecord | None:
+    """The oldest run of the ref's experiment that has the model, else of another; None where it was made outside of any."""
     if not node.runs:
         return None
-    experiment, number, *_ = node.runs[-1].split("/")
+    own = [run for run in node.runs if run.split("/")[0] == ref.split("/")[0]] or node.runs
+    experiment, number, *_ = own[-1].split("/")
     return read_run(store, f"{experiment}/{number}")
 
 
