@@ -43,7 +43,8 @@ def most_mistaken(names: Sequence[str], counts: np.ndarray) -> list[tuple[str, s
 
 
 def _entry(store: Store, group: Group) -> Row:
-    figures, mistakes = [_beside(group)], {}
+    figures = [_beside(group)]
+    mistakes: dict[str, list[tuple[str, str, int]]] = {}
     if group.evaluator == "clean":
         for name, evaluation in group.manifests.items():
             names, counts = evaluation.metrics["class_names"], confusion_tested(store, evaluation)

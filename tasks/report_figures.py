@@ -244,7 +244,7 @@ def confusion_matrix(theme: Theme, names: Sequence[str], counts: np.ndarray) -> 
         size = min(FONT_POINTS, 230 / len(names))  # the axes are about 230 points wide
         axes.set_xticks(np.arange(len(names)), labels=_drawable(names), rotation=90, fontsize=size)
         axes.grid(visible=False)
-        axes.set(xlabel="predicted", ylabel="label")
+        axes.set(xlabel="predicted", ylabel="label", ylim=(len(names) - 0.5, -0.5))
 
     return _draw(theme, paint, len(names))
 
