@@ -271,6 +271,7 @@ def _environment(url: str, folder: Path, store: str) -> dict[str, str]:
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_UI_URL": f"{url}/v2",  # what runs say of themselves leads to the same UI as our pages' links
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "flows.event_order",
         "DO_NOT_TRACK": "1",
         "NO_PROXY": direct,
         "no_proxy": direct,
