@@ -25,7 +25,7 @@ import typer
 from flows.experiment import DEFAULT_STORE
 from flows.terminal import StoreOption, console
 from models.failures import WorkerFailed
-from models.launch import Service, adopt_orphans, end_children, start_service, stop_process
+from models.launch import ENDS_WITH_PARENT, Service, adopt_orphans, end_children, start_service, stop_process
 from storage.errors import UserError
 from storage.objects import Store
 
@@ -277,6 +277,7 @@ def _environment(url: str, folder: Path, store: str) -> dict[str, str]:
         "no_proxy": direct,
         "NST_ROOT": str(ROOT),
         "NST_STORE": store,
+        ENDS_WITH_PARENT: "1",  # the worker's runs: it leaves them alone when it is killed
     }
 
 
