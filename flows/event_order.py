@@ -21,7 +21,7 @@ class CausalOrdering(memory.CausalOrdering):
 
     async def wait_for_leader(self, event: ReceivedEvent) -> None:
         """Return when the event's turn has come. Raises EventArrivedEarly where it has to wait."""
-        may_be_older = event.follows is not None and event.occurred < STARTED + TIGHT_TIMING
-        if may_be_older and not await self.event_has_started_processing(event.follows):
+        leader, may_be_older = event.follows, event.occurred < STARTED + TIGHT_TIMING
+        if leader is not None and may_be_older and not await self.event_has_started_processing(leader):
             return
         await super().wait_for_leader(event)
