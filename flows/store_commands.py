@@ -81,21 +81,31 @@ def export(
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
     store: StoreOption = "nst-store",
 ) -> None:
-    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, with its model card.
+
+    README.md is the card, for Hugging Face's hub too: numbers, training, data and teachers, limits, as the store has them.
 
     Example: nst export digits/2/student my-student
     """
+    from models.configs import SMALL_IMAGE_NETWORKS
+    from models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+    from tasks.model_card import VARIANTS, model_card
+
     opened = Store(store)
     manifest = artifact_of(opened, ref)
     if manifest.kind != "model":
         raise UserError(f"{ref} is no model but a {manifest.kind}; give a teacher's or a student's ref")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"folder {folder} is not empty; give a new one")
+    card = model_card(opened, ref, manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("config.json", "model.safetensors")
+    names = (CONFIG_FILE, WEIGHTS_FILE)
     with opened.local_copies([manifest.file(name) for name in names]) as copies:
         for name, copy in zip(names, copies, strict=True):
             shutil.copyfile(copy, folder / name)
+    if json.loads((folder / CONFIG_FILE).read_text())["architecture"] in SMALL_IMAGE_NETWORKS:
+        shutil.copyfile(VARIANTS, folder / VARIANTS.name)
+    (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
     console.print(f'timm.create_model("local-dir:{folder}", pretrained=True)', highlight=False)
 
 
