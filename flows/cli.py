@@ -238,9 +238,8 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a wrong option
-            errors.print(
-                f"[red]error:[/] {escape(error.format_message().rstrip('.'))}; see nst --help", highlight=False
-            )
+            if message := error.format_message().rstrip("."):  # empty: `nst` alone, which has printed its help
+                errors.print(f"[red]error:[/] {escape(message)}; see nst --help", highlight=False)
             sys.exit(EXIT_USER_ERROR)
         known = explained(error)
         if known is None:

@@ -246,7 +246,8 @@ def test_docs_recipes_has_every_setting() -> None:
 def test_docs_recipes_says_the_true_defaults() -> None:
     checked = 0
     for dotted, said in documented_settings().items():
-        text = said.strip("`").replace(",", "")
+        quoted = re.match(r"`([^`]*)`", said)
+        text = (quoted[1] if quoted else said).replace(",", "")
         true = default_of(dotted)
         if isinstance(true, bool):
             assert text == str(true).lower(), dotted
@@ -374,7 +375,7 @@ def test_your_own_data_does_what_it_says_with_each_form(
 
 def module_of(text: str, name: str) -> ModuleType:
     """Code of a page as a module."""
-    module = ModuleType(name)
+    module = sys.modules[name] = ModuleType(name)  # timm looks there for where a network comes from
     exec(compile(text, name, "exec"), module.__dict__)
     return module
 
@@ -399,9 +400,11 @@ def test_the_evaluator_of_extending_measures_what_it_says(tmp_path: Path) -> Non
     plain = clean.evaluate(context, clean.CleanConfig(), inputs).metrics["test"]
     everything = module.evaluate(context, module.ConfidentConfig(min_confidence=0), inputs)
     assert (everything.metrics["sure"], everything.metrics["top1"]) == (1.0, plain["top1"])
-    strict = module.evaluate(context, module.ConfidentConfig(min_confidence=0.9), inputs).metrics
-    assert 0 < strict["sure"] < 1
-    assert module.headline(strict).title == "confident"
+    configs = [module.ConfidentConfig(min_confidence=share) for share in (0, 0.34, 0.36, 0.4, 1)]
+    shares = [module.evaluate(context, config, inputs).metrics["sure"] for config in configs]
+    assert shares == sorted(shares, reverse=True)
+    assert (shares[0], shares[-1]) == (1, 0)
+    assert module.headline(everything.metrics).title == "confident"
     assert module.headline({"top1": None}) is None
 
 
@@ -455,8 +458,7 @@ def test_the_network_of_extending_reloads_as_itself(tmp_path: Path) -> None:
     from models import zoo
     from models.configs import ModelConfig
 
-    module = module_of(example("A network", "python"), "variant")
-    sys.modules["variant"] = module  # timm remembers where a network comes from
+    module_of(example("A network", "python"), "variant")
     config = ModelConfig(name="resnet18_small_images", image_size=32)
     model = zoo.build(config, 3)
     assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape[-2:] == (4, 4)
