@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any, cast
 
@@ -17,7 +18,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import automations, evaluation_commands, inspect_commands, serve, store_commands, study_commands
+from flows import (
+    automations,
+    evaluation_commands,
+    inspect_commands,
+    lineage_command,
+    serve,
+    store_commands,
+    study_commands,
+)
 from flows.driver import Rerun, Run, find_node, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment
 from flows.next import next_run
@@ -55,13 +64,14 @@ ScaleOption = Annotated[str, typer.Option(help="A scale that the recipe offers, 
 PrefectOption = Annotated[PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (in this process), server.")]
 
 
-@app.command()
 def demo(store: StoreOption = "demo-store", prefect: PrefectOption = PrefectMode.ephemeral) -> None:
-    """Run two iterations on real digits, from 100 labels: minutes on a CPU."""
+    """Run two iterations on real digits, from 100 labels: minutes on a CPU.
+
+    Example: nst demo --store demo-store
+    """
     run("digits", None, store, "nothing", "", prefect)
 
 
-@app.command()
 def run(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -99,7 +109,6 @@ def run(
     _print_end_of_run(store_root, name, store)
 
 
-@app.command(name="next")
 def next_iteration(
     experiment: Annotated[str, typer.Argument(help="The name of an experiment with a finished run.")],
     overrides: Annotated[
@@ -128,7 +137,6 @@ def next_iteration(
     _print_end_of_run(store_root, name, store)
 
 
-@app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -165,7 +173,6 @@ def plan(
     )
 
 
-@app.command()
 def results(
     run_name: Annotated[str, typer.Argument(metavar="RUN", help="An experiment (its newest run) or EXPERIMENT/N.")],
     store: StoreOption = DEFAULT_STORE,
@@ -178,7 +185,6 @@ def results(
     _print_results(Store(store), run_name, as_json)
 
 
-@app.command()
 def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="prepare, report, or ITERATION/ROLE such as 2/select.")],
     recipe: RecipeArgument,
@@ -233,9 +239,8 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a wrong option
-            errors.print(
-                f"[red]error:[/] {escape(error.format_message().rstrip('.'))}; see nst --help", highlight=False
-            )
+            if message := error.format_message().rstrip("."):  # empty: `nst` alone, which has printed its help
+                errors.print(f"[red]error:[/] {escape(message)}; see nst --help", highlight=False)
             sys.exit(EXIT_USER_ERROR)
         known = explained(error)
         if known is None:
@@ -322,11 +327,31 @@ def _node_manifest(store: Store, run_name: str, node: str) -> Any:
     return find(store, record.kind, record.key) if record else None
 
 
-for command in (
-    *(serve.serve, automations.automations, *study_commands.COMMANDS),
-    *(*store_commands.COMMANDS, *inspect_commands.COMMANDS, *evaluation_commands.COMMANDS),
-):
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `nst --help`: as people come to need them
+    "demo": demo,
+    "plan": plan,
+    "run": run,
+    "results": results,
+    "report": store_commands.report,
+    "explain": inspect_commands.explain,
+    "sample": inspect_commands.sample,
+    "diff": inspect_commands.diff,
+    "lineage": lineage_command.lineage,
+    "evaluate": evaluation_commands.evaluate,
+    "compare": evaluation_commands.compare,
+    "export": store_commands.export,
+    "next": next_iteration,
+    "stage": stage,
+    "study": study_commands.study,
+    "serve": serve.serve,
+    "automations": automations.automations,
+    "ls": store_commands.ls,
+    "show": store_commands.show,
+    "verify": store_commands.verify,
+    "gc": store_commands.gc,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 if __name__ == "__main__":
     main()

@@ -115,6 +115,3 @@ def comparison_json(group: Any) -> dict[str, Any]:
         "measures": [asdict(measure) for measure in group.measures],
         "pairs": [asdict(pair) for pair in group.pairs],
     }
-
-
-COMMANDS = (evaluate, compare)

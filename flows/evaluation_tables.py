@@ -76,10 +76,8 @@ def _cell(measure: Measure, model: str) -> str:
     value = measure.values.get(model)
     if value is None:
         return "-"
-    scale, digits = {"share": (100, 2), "rate": (1, 1), "distance": (1, 3)}[measure.unit]
-    text = f"{scale * value.value:.{digits}f}"
-    if value.low is not None and value.high is not None:
-        text += f" [dim]({scale * value.low:.1f} - {scale * value.high:.1f})[/]"
+    interval = measure.interval(model)
+    text = measure.number(model) + (f" [dim]({interval})[/]" if interval else "")
     choose = max if measure.better == "larger" else min
     best = choose(other.value for other in measure.values.values())
     return f"[bold]{text}[/]" if len(measure.values) > 1 and value.value == best else text
@@ -90,7 +88,7 @@ def _verdict(pair: Pair) -> str:
     told = f"{pair.better} is significantly better" if pair.better else "no significant difference"
     return (
         f"{pair.b} less {pair.a}: {100 * pair.difference:+.2f} points ({100 * pair.low:+.2f} to {100 * pair.high:+.2f}), "
-        f"{pair.won:,} images won, {pair.lost:,} lost, McNemar p {pair.chance:.2g}: {told}"
+        f"{pair.won:,} images won, {pair.lost:,} lost, {pair.test} p {pair.chance:.2g}: {told}"
     )
 
 

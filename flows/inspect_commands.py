@@ -1,4 +1,4 @@
-"""The commands that look into a run: `sample`, `diff`, `explain`, `lineage`. None loads torch or Prefect."""
+"""The commands that look into a run: `sample`, `diff`, `explain`. None loads torch or Prefect."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from flows.lineage_command import lineage
 from flows.terminal import JsonOption, StoreOption, artifact_of, check_target, console
 from storage.artifacts import get
 from storage.errors import UserError
@@ -177,6 +176,3 @@ def _table(*columns: str) -> Table:
 
 def _say(text: str) -> None:
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-COMMANDS = (sample, diff, explain, lineage)

@@ -21,6 +21,7 @@ from flows.driver import Rerun, Run, execute, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment, shipped_recipes
 from flows.next import next_run
 from flows.ui_artifacts import RunPages
+from models.launch import end_with_parent
 from storage.objects import Store
 from tasks.stage import StageOutcome, StageRequest, stage_task
 
@@ -111,9 +112,15 @@ def next_iteration(
 
     Former stages are reused. Returns the name of the run's record.
     """
-    end_crash_loop(flow_run)
+    _begin()
     run = next_run(open_store(store), experiment, overrides, str(flow_run.id or ""))
     return execute(run, prefect_stage(run)).name
+
+
+def _begin() -> None:
+    """What comes first in every flow run. Raises UserError where it has crashed too often."""
+    end_with_parent()  # a worker of `nst serve`, without which nobody could cancel it
+    end_crash_loop(flow_run)
 
 
 def resolve_flow(
@@ -123,7 +130,7 @@ def resolve_flow(
 
     A run of one's own recipe is called after its experiment (and role): Prefect knows the shipped recipe's name only.
     """
-    end_crash_loop(flow_run)
+    _begin()
     chosen = recipe_url.strip() or recipe
     experiment = load_experiment(chosen, overrides, scale)
     identity = str(flow_run.id or "")

@@ -25,7 +25,7 @@ import typer
 from flows.experiment import DEFAULT_STORE
 from flows.terminal import StoreOption, console
 from models.failures import WorkerFailed
-from models.launch import Service, adopt_orphans, end_children, start_service, stop_process
+from models.launch import ENDS_WITH_PARENT, Service, adopt_orphans, end_children, start_service, stop_process
 from storage.errors import UserError
 from storage.objects import Store
 
@@ -271,11 +271,13 @@ def _environment(url: str, folder: Path, store: str) -> dict[str, str]:
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_UI_URL": f"{url}/v2",  # what runs say of themselves leads to the same UI as our pages' links
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "flows.event_order",
         "DO_NOT_TRACK": "1",
         "NO_PROXY": direct,
         "no_proxy": direct,
         "NST_ROOT": str(ROOT),
         "NST_STORE": store,
+        ENDS_WITH_PARENT: "1",  # the worker's runs: it leaves them alone when it is killed
     }
 
 

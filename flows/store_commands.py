@@ -27,7 +27,10 @@ FEW = 12  # lines of a long list that are printed
 
 
 def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
-    """List the artifacts of a store."""
+    """List the artifacts of a store.
+
+    Example: nst ls --store s3://team/nst
+    """
     manifests = list_artifacts(Store(store))
     if as_json:
         wanted = {"kind", "key", "stage", "inputs"}
@@ -43,7 +46,10 @@ def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
 
 
 def show(ref: RefArgument, store: StoreOption = "nst-store") -> None:
-    """Print an artifact's manifest."""
+    """Print an artifact's manifest: config, inputs, files, metrics, where and by what it was made. It is JSON.
+
+    Example: nst show digits/2/student
+    """
     print(artifact_of(Store(store), ref).model_dump_json(indent=1))
 
 
@@ -75,18 +81,31 @@ def export(
     folder: Annotated[Path, typer.Argument(help="An empty or new folder.")],
     store: StoreOption = "nst-store",
 ) -> None:
-    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+    """Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, with its model card.
+
+    README.md is the card, for Hugging Face's hub too: numbers, training, data and teachers, limits, as the store has them.
+
+    Example: nst export digits/2/student my-student
+    """
+    from models.configs import SMALL_IMAGE_NETWORKS
+    from models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+    from tasks.model_card import VARIANTS, model_card
+
     opened = Store(store)
     manifest = artifact_of(opened, ref)
     if manifest.kind != "model":
         raise UserError(f"{ref} is no model but a {manifest.kind}; give a teacher's or a student's ref")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"folder {folder} is not empty; give a new one")
+    card = model_card(opened, ref, manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("config.json", "model.safetensors")
+    names = (CONFIG_FILE, WEIGHTS_FILE)
     with opened.local_copies([manifest.file(name) for name in names]) as copies:
         for name, copy in zip(names, copies, strict=True):
             shutil.copyfile(copy, folder / name)
+    if json.loads((folder / CONFIG_FILE).read_text())["architecture"] in SMALL_IMAGE_NETWORKS:
+        shutil.copyfile(VARIANTS, folder / VARIANTS.name)
+    (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
     console.print(f'timm.create_model("local-dir:{folder}", pretrained=True)', highlight=False)
 
 
@@ -144,9 +163,6 @@ def gc(
         print(json.dumps({"deleted": delete, "kept_artifacts": sweep.kept_artifacts, "garbage": named}, indent=1))
         return
     _print_sweep(sweep, delete, days)
-
-
-COMMANDS = (ls, show, report, export, verify, gc)
 
 
 def _print_verdict(store: Store, verdict: Verdict, discarded: list[str]) -> None:

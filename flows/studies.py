@@ -23,6 +23,7 @@ from flows.graph import Node, build_graph, evaluations_of, made_from
 from flows.overrides import explain, split_override
 from storage.errors import UserError
 from storage.keys import Config
+from tasks.evaluators import BY_SHORT
 
 STUDIES = Path(__file__).resolve().parent.parent / "deployments" / "studies"
 DEFAULT_SCALE = "cifar10"
@@ -34,10 +35,26 @@ Direction = Literal["higher", "lower", "same"]
 class Metric(Config):
     """What is compared: a field of the records of `tasks/results.py`, by its dotted name."""
 
-    field: str = Field("top1", min_length=1, description="e.g. top1, or corruptions.mce for a field within a field")
+    field: str = Field(
+        "top1", min_length=1, description="e.g. top1, or a number of an evaluator's metrics: evaluations.imagenet_c.mce"
+    )
     title: str = "test top-1, %"
     factor: float = Field(100.0, gt=0, description="from the record's unit to the paper's")
     digits: int = Field(2, ge=0, le=6, description="decimals that are printed")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.evaluator and self.evaluator not in BY_SHORT:
+            raise ValueError(
+                f"field={self.field}: there is no evaluator {self.evaluator}; there are {', '.join(BY_SHORT)}"
+            )
+        return self
+
+    @property
+    def evaluator(self) -> str:
+        """The short name of the evaluator whose number it is; empty: a field of every result."""
+        section, _, rest = self.field.partition(".")
+        return rest.partition(".")[0] if section == "evaluations" else ""
 
 
 class Images(Config):
@@ -58,7 +75,11 @@ class Variant(Config):
     overrides: dict[str, Any] = Field({}, description="dotted settings: what the row is about")
     network: str = Field("1/student", pattern=NETWORK_PATTERN, description="the network of the run that is measured")
     paper: float | None = Field(None, description="the paper's number, in the metric's unit; null: it prints none")
-    against: str = Field("", description="the variant that this row is compared with; empty: the scale's reference")
+    metric: Metric | None = Field(None, description="instead of the study's")
+    against: str = Field(
+        "",
+        description="the variant that this row is compared with; empty: the scale's reference, if it has the same metric",
+    )
     direction: Direction | None = Field(
         None, description="what the paper says of the row beside `against` where it prints no numbers (a figure)"
     )
@@ -108,6 +129,10 @@ class StudyScale(Config):
             other = getattr(variant, field)
             if other and (other not in by_name or other == variant.name):
                 raise ValueError(f"variant {variant.name}: {field}={other} is no other variant; name one of this scale")
+        if variant.against and by_name[variant.against].metric != variant.metric:
+            raise ValueError(
+                f"variant {variant.name}: against={variant.against} has another metric; compare rows of the same one"
+            )
         if variant.of and (by_name[variant.of].of or variant.overrides or variant.recipe):
             raise ValueError(
                 f"variant {variant.name}: of={variant.of} reads the runs of a variant that has its own; it has no recipe "
@@ -122,9 +147,10 @@ class StudyScale(Config):
             )
 
     def compared_with(self, variant: Variant) -> Variant | None:
-        """The row that a row is compared with; None for the reference itself."""
+        """The row that a row is compared with; None for the reference, and where that has another metric."""
         name = variant.against or self.reference
-        return None if name == variant.name else next(v for v in self.variants if v.name == name)
+        other = next(v for v in self.variants if v.name == name)
+        return None if name == variant.name or other.metric != variant.metric else other
 
     def owner(self, variant: Variant) -> Variant:
         """The variant whose runs a row reads: mostly itself."""
@@ -140,6 +166,10 @@ class Study(Config):
     finding: str = Field(min_length=1, description="what the paper found, in our words")
     metric: Metric = Metric()
     scales: dict[str, StudyScale] = Field(min_length=1)
+
+    def metric_of(self, variant: Variant) -> Metric:
+        """What is compared in a row."""
+        return variant.metric or self.metric
 
     def at(self, scale: str) -> StudyScale:
         """The study at a scale. Raises UserError naming those there are."""
@@ -251,16 +281,30 @@ def _grid_run(
     graph = build_graph(experiment)
     targets: list[str] = []
     for row in rows:
-        measured = evaluations_of(graph, row.network)
-        if not measured:
-            known = ", ".join(node.inputs["model"] for node in graph if node.stage == "evaluate")
-            raise UserError(
-                f"study {study.name}, variant {row.name}: network={row.network} is not measured in these runs; set it to "
-                f"one of {known}"
-            )
-        targets += [target for target in measured if target not in targets]
+        targets += [target for target in _targets(study, row, graph) if target not in targets]
     needed = tuple(made_from(graph, targets))
     return GridRun(variant.name, seed, recipe, experiment, tuple(graph), needed, tuple(targets))
+
+
+def _targets(study: Study, row: Variant, graph: list[Node]) -> list[str]:
+    """The evaluations of a row's network: all, or the one whose number is the row's metric. Raises UserError where there is none."""
+    measured = evaluations_of(graph, row.network)
+    if not measured:
+        known = ", ".join(node.inputs["model"] for node in graph if node.stage == "evaluate")
+        raise UserError(
+            f"study {study.name}, variant {row.name}: network={row.network} is not measured in these runs; set it to "
+            f"one of {known}"
+        )
+    short = study.metric_of(row).evaluator
+    if not short:
+        return measured
+    wanted = [name for name in measured if name.rpartition("/")[2] == BY_SHORT[short].name]
+    if not wanted:
+        raise UserError(
+            f"study {study.name}, variant {row.name}: metric.field={study.metric_of(row).field} is measured by {short}, which "
+            f"its runs do not ask for; add evaluate.{short}: {{}} to the overrides"
+        )
+    return wanted
 
 
 def _texts(overrides: dict[str, Any]) -> Iterator[str]:

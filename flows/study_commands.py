@@ -4,8 +4,9 @@ nst study                                          what studies there are
 nst study noise --plan data.root=FOLDER            what one would make, what its variants share, what it costs
 nst study noise data.root=FOLDER --out docs        run it (again: go on), write docs/noise-cifar10.md and .png
 nst study noise data.root=FOLDER --show            the table again, from the store
+nst study --results FILE                           one page of all studies that the store has results of
 
-Listing, `--plan` and `--show` load neither torch nor Prefect. The runs go without Prefect.
+Listing, `--plan`, `--show` and `--results` load neither torch nor Prefect. The runs go without Prefect.
 """
 
 import json
@@ -30,6 +31,7 @@ from flows.study_pages import (
     results_table,
     study_json,
 )
+from flows.study_results import find_results, results_page
 from flows.study_runs import count_together, plan_study, read_measurements, run_study
 from flows.study_table import Failure, Row, make_rows, summary
 from flows.terminal import EXIT_FAILED, JsonOption, StoreOption, console, errors
@@ -50,6 +52,12 @@ def study(
     plan: Annotated[bool, typer.Option("--plan", help="Count what would be made; do nothing.")] = False,
     show: Annotated[bool, typer.Option("--show", help="The table of what the store has; run nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write NAME-SCALE.md and .png into this folder.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Write one page of all studies with results, at any scale; run nothing.")
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="With --results: a further store, looked into after --store.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,6 +65,9 @@ def study(
 
     Example: nst study noise data.root=../shared/data --out docs/studies
     """
+    if results is not None:
+        _write_results(results, [name, *(overrides or [])] if name else [], [store, *(also or [])], seeds)
+        return
     if not name:
         _list_studies(scale, as_json)
         return
@@ -79,9 +90,6 @@ def study(
         _write(grid, rows, failures, out, command)
     if failures:
         raise typer.Exit(EXIT_FAILED)
-
-
-COMMANDS = (study,)
 
 
 def _list_studies(scale: str, as_json: bool) -> None:
@@ -140,6 +148,25 @@ def _write(grid: Grid, rows: Sequence[Row], failures: Sequence[Failure], folder:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); give another folder with --out") from error
     errors.print(f"page: {(folder / f'{stem}.md').absolute()}", highlight=False, markup=False)
+
+
+def _write_results(file: Path, overrides: Sequence[str], stores: Sequence[str], seeds: int) -> None:
+    """The page of all results, over that of an earlier call."""
+    named = [text for text in overrides if "=" not in text]
+    if named:
+        raise UserError(f"--results writes the results of all studies; leave out {named[0]}")
+    if not file.parent.is_dir():
+        raise UserError(f"{file.parent} is no folder; make it first, or give another place with --results")
+    found = find_results([Store(url) for url in stores], overrides, seeds)
+    if not found.found:
+        raise UserError(
+            f"no study has results in {', '.join(stores)}; run one first, e.g. nst study noise data.root=FOLDER, and give "
+            "the overrides with which it was run"
+        )
+    options = [*overrides, *(["--seeds", str(seeds)] if seeds else [])]
+    command = shlex.join(["nst", "study", "--results", str(file), *options])
+    file.write_text(results_page(found, command), encoding="utf-8")
+    errors.print(f"page: {file.absolute()}", highlight=False, markup=False)
 
 
 def _command(name: str, grid: Grid, store: str, seeds: int) -> str:

@@ -9,12 +9,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from flows.studies import Grid, Metric, Study
+from flows.studies import Grid, Study
 from flows.study_runs import StudyPlan
 from flows.study_table import Failure, Row, summary
 
 STYLES = {"yes": "green", "no": "red", "within error": "yellow"}
 COLUMNS = ("row", "paper", "here", "paper's difference", "difference here", "against", "reproduces")
+LEFT = ("row", "measure", "against", "reproduces")  # columns of words
 RULE = (
     "Ours: mean ± standard error over the seeds; differences are taken seed by seed. A direction is judged where the "
     "difference is clear of chance (Student's t, 95 %); otherwise it is within error."
@@ -65,44 +66,64 @@ def plan_lines(plan: StudyPlan) -> list[str]:
 def results_table(grid: Grid, rows: Sequence[Row]) -> Table:
     """The study's table for a terminal."""
     study = grid.study
-    title = f"{study.title} ({study.paper}), scale {grid.scale_name}: {study.metric.title}"
+    columns = _columns(rows)
+    unit = "" if "measure" in columns else f": {rows[0].measure}"
+    title = f"{study.title} ({study.paper}), scale {grid.scale_name}{unit}"
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in ("row", "against", "reproduces") else "right")
+    for name in columns:
+        table.add_column(name, justify="left" if name in LEFT else "right")
     for row in rows:
         style = STYLES.get(row.verdict)
         verdict = f"[{style}]{row.verdict}[/]" if style else row.verdict
-        table.add_row(*map(escape, _cells(row, study.metric)[:-1]), verdict)
+        table.add_row(*map(escape, _cells(row, columns)[:-1]), verdict)
     return table
 
 
 def markdown_page(grid: Grid, rows: Sequence[Row], failures: Sequence[Failure], picture: str, command: str) -> str:
     """The study as a page: question, finding, settings, table, picture, and which artifacts the numbers are of."""
-    study, scale = grid.study, grid.scale
-    recipe = f"`{scale.recipe}`{f' at its scale `{scale.recipe_scale}`' if scale.recipe_scale else ''}"
     lines = [
-        f"# {study.title}",
+        f"# {grid.study.title}",
         "",
-        f"The paper's {study.paper}. It found: {study.finding.strip()}",
+        *question_lines(grid),
         "",
-        f"Here: {scale.about.strip()} Recipe {recipe}, seeds 0 to {grid.seeds - 1}.",
+        RULE,
         "",
-        f"Numbers are {study.metric.title}. {RULE}",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'|'.join('---' if c in ('row', 'from', 'reproduces') else '--:' for c in COLUMNS)}|",
-        *(f"| {' | '.join(_escaped(cell) for cell in _cells(row, study.metric))} |" for row in rows),
-        "",
-        f"{summary(rows)}.",
+        *table_lines(rows),
         "",
         f"![Differences, the paper's and ours]({picture})",
         "",
-        *_amiss(rows, failures),
+        *missing_lines(rows, failures),
         f"Made by `{command}`. Measured networks, by seed:",
         "",
         *(f"* {row.name} ({row.network}): {', '.join(key[:12] for key in row.keys) or 'none'}" for row in rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def question_lines(grid: Grid) -> list[str]:
+    """What the paper found and what is run here, as Markdown."""
+    study, scale = grid.study, grid.scale
+    recipe = f"`{scale.recipe}`{f' at its scale `{scale.recipe_scale}`' if scale.recipe_scale else ''}"
+    return [
+        f"The paper's {study.paper}. It found: {study.finding.strip()}",
+        "",
+        f"Here: {scale.about.strip()} Recipe {recipe}, seeds 0 to {grid.seeds - 1}.",
+    ]
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """The table with what its numbers are and what it says in sum, as Markdown."""
+    columns = _columns(rows)
+    unit = "are what the column `measure` says" if "measure" in columns else f"are {rows[0].measure}"
+    return [
+        f"Numbers {unit}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---' if name in LEFT else '--:' for name in columns)}|",
+        *(f"| {' | '.join(map(cell_text, _cells(row, columns)))} |" for row in rows),
+        "",
+        f"{summary(rows)}.",
+    ]
 
 
 def picture(grid: Grid, rows: Sequence[Row]) -> bytes:
@@ -115,7 +136,8 @@ def picture(grid: Grid, rows: Sequence[Row]) -> bytes:
     single = len({row.against for row in compared}) == 1
     names = [row.label if single else f"{row.label} against {_label(rows, row.against)}" for row in compared]
     beside = f" against {_label(rows, compared[0].against)}" if single else ""
-    return study_differences(LIGHT, names, paper, ours, errors, f"difference{beside}: {grid.study.metric.title}")
+    unit = "each row's own measure" if "measure" in _columns(rows) else rows[0].measure
+    return study_differences(LIGHT, names, paper, ours, errors, f"difference{beside}: {unit}")
 
 
 def failure_lines(failures: Sequence[Failure]) -> list[str]:
@@ -123,28 +145,43 @@ def failure_lines(failures: Sequence[Failure]) -> list[str]:
     return [f"{f.variant}, seed {f.seed}: {f.cause.strip().splitlines()[0]}" for f in failures]
 
 
-def _cells(row: Row, metric: Metric) -> tuple[str, ...]:
+def cell_text(text: str) -> str:
+    """A cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The table's columns; where rows have several metrics, each says which."""
+    mixed = len({row.measure for row in rows}) > 1
+    return (COLUMNS[0], "measure", *COLUMNS[1:]) if mixed else COLUMNS
+
+
+def _cells(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
     num = sum(value is not None for value in row.values)
-    seeds = f" (n={num})" if num else ""
-    return (
-        row.label,
-        "-" if row.paper is None else f"{row.paper:.1f}",
-        f"{_with_error(row.mean, row.error, metric, '')}{seeds}",
-        row.paper_direction or "" if row.paper_difference is None else f"{row.paper_difference:+.1f}",
-        _with_error(row.difference, row.difference_error, metric, "+") if row.against else "",
-        row.against,
-        row.verdict,
-    )
+    difference = _with_error(row.difference, row.difference_error, row.digits, "+")
+    cells = {
+        "row": row.label,
+        "measure": row.measure,
+        "paper": "-" if row.paper is None else f"{row.paper:.1f}",
+        "here": _with_error(row.mean, row.error, row.digits, "") + (f" (n={num})" if num else ""),
+        "paper's difference": row.paper_direction or ""
+        if row.paper_difference is None
+        else f"{row.paper_difference:+.1f}",
+        "difference here": difference if row.against else "",
+        "against": row.against,
+        "reproduces": row.verdict,
+    }
+    return tuple(cells[name] for name in columns)
 
 
-def _with_error(value: float | None, error: float | None, metric: Metric, sign: str) -> str:
+def _with_error(value: float | None, error: float | None, digits: int, sign: str) -> str:
     if value is None:
         return "-"
-    return f"{value:{sign}.{metric.digits}f}" + ("" if error is None else f" ± {error:.{metric.digits}f}")
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _amiss(rows: Sequence[Row], failures: Sequence[Failure]) -> list[str]:
-    """What a reader of the page must know of numbers that are not there."""
+def missing_lines(rows: Sequence[Row], failures: Sequence[Failure]) -> list[str]:
+    """What a reader of a page must know of numbers that are not there, as Markdown."""
     lines = [f"* failed: {line}" for line in failure_lines(failures)]
     lines += [f"* {row.name}: {note}" for row in rows for note in row.notes]
     return ["Missing:", "", *lines, ""] if lines else []
@@ -156,10 +193,6 @@ def _label(rows: Sequence[Row], name: str) -> str:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
 
 
 def _days(days: float | None) -> str:

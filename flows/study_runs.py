@@ -13,7 +13,7 @@ from flows.studies import Grid, GridRun, Images, StudyScale
 from flows.study_cost import gpu_days
 from flows.study_table import Failure, Measurements
 from models.failures import WorkerFailed
-from storage.artifacts import find
+from storage.artifacts import Manifest, find
 from storage.errors import StoreError, UserError
 from storage.keys import digest
 from storage.objects import Store
@@ -141,6 +141,7 @@ def read_measurements(grid: Grid, store: Store) -> Measurements:
     """The numbers of every row and seed, from the evaluations in the store: of the newest run with these very settings."""
     records: dict[tuple[str, int], list[dict[str, object]]] = {}
     notes: dict[tuple[str, int], str] = {}
+    artifacts: dict[tuple[str, int], list[Manifest]] = {}
     for run in grid.runs:
         done = list_runs(store, run.experiment.name)
         same = next((record for record in reversed(done) if _is_run_of(record, run)), None)
@@ -149,10 +150,11 @@ def read_measurements(grid: Grid, store: Store) -> Measurements:
             continue
         nodes = [node for node in same.nodes if node.name in {needed.name for needed in run.needed}]
         manifests = {n.name: m for n in nodes if (m := find(store, n.kind, n.key)) is not None}
+        artifacts[run.variant, run.seed] = list(manifests.values())
         records[run.variant, run.seed] = result_records(run.experiment.name, manifests)
         if len(manifests) < len(nodes):
             notes[run.variant, run.seed] = "is not finished"
-    return Measurements(records, notes)
+    return Measurements(records, notes, artifacts)
 
 
 def _is_run_of(record: RunRecord, run: GridRun) -> bool:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from flows.studies import Direction, Grid, Metric, StudyScale, Variant
+from flows.studies import Direction, Grid, Metric, Study, Variant
+from storage.artifacts import Manifest
 from storage.errors import UserError
 
 # 97.5 % quantiles of Student's t by degrees of freedom; any table of it
@@ -34,18 +35,22 @@ class Failure:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the store has of a study's runs: the records of `tasks/results.py` by (variant, seed), and what is amiss."""
+    """What the store has of a study's runs: the records of `tasks/results.py` by (variant, seed), what is amiss, and the
+    artifacts that they are of."""
 
     records: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
     notes: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    artifacts: Mapping[tuple[str, int], Sequence[Manifest]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. Numbers are in the metric's printed unit; None where there is none (yet)."""
+    """A row of the table. Numbers are in the unit that `measure` names; None where there is none (yet)."""
 
     name: str
     label: str
+    measure: str
+    digits: int
     network: str
     against: str
     paper: float | None
@@ -66,30 +71,20 @@ class Row:
 
 
 def make_rows(grid: Grid, measured: Measurements) -> list[Row]:
-    """One row a variant, in the order of the study. Raises UserError where records lack the study's metric altogether."""
-    found = {v.name: _records(grid, v, measured) for v in grid.scale.variants}
-    metric = grid.study.metric
-    there = [record for records in found.values() for record in records if record is not None]
-    if there and not any(metric.field.split(".")[0] in record for record in there):
-        raise UserError(
-            f"study {grid.study.name}: no result has metric.field={metric.field}; results have {', '.join(there[0])}. "
-            "Correct the study, or measure it first"
-        )
-    values = {
-        name: tuple(None if record is None else lookup(record, metric) for record in records)
-        for name, records in found.items()
-    }
-    return [
-        _row(grid.scale, variant, values, found[variant.name], _notes(grid, variant, measured))
-        for variant in grid.scale.variants
-    ]
+    """One row a variant, in the order of the study. Raises UserError where records lack a row's metric altogether."""
+    study, variants = grid.study, grid.scale.variants
+    found = {v.name: _records(grid, v, measured) for v in variants}
+    values = {}
+    for variant in variants:
+        metric, records = study.metric_of(variant), found[variant.name]
+        _check_field(study, metric, [record for record in records if record is not None])
+        values[variant.name] = tuple(None if record is None else lookup(record, metric) for record in records)
+    return [_row(grid, variant, values, found[variant.name], _notes(grid, variant, measured)) for variant in variants]
 
 
 def lookup(record: Mapping[str, Any], metric: Metric) -> float | None:
     """A record's value of the metric, in its printed unit; None where it has none."""
-    value: Any = record
-    for step in metric.field.split("."):
-        value = value.get(step) if isinstance(value, Mapping) else None
+    value = _field(record, metric.field.split("."))
     return None if value is None else metric.factor * float(value)
 
 
@@ -137,16 +132,36 @@ def summary(rows: Sequence[Row]) -> str:
     return f"{len(judged)} directions of the paper's: {', '.join(parts)}"
 
 
+def _check_field(study: Study, metric: Metric, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError where there are records, evaluated as the metric asks, and none has its field."""
+    above = ["evaluations", metric.evaluator] if metric.evaluator else []
+    places = [place for record in records if (place := _field(record, above)) is not None]
+    step = metric.field.split(".")[len(above)]
+    if places and not any(step in place for place in places):
+        raise UserError(
+            f"study {study.name}: no result has metric.field={metric.field}; results have {', '.join(places[0])}. "
+            "Correct the study, or measure it first"
+        )
+
+
+def _field(record: Mapping[str, Any], steps: Sequence[str]) -> Any:
+    """A field within a field of a record; None where it has none."""
+    value: Any = record
+    for step in steps:
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return value
+
+
 def _row(
-    scale: StudyScale,
+    grid: Grid,
     variant: Variant,
     values: Mapping[str, tuple[float | None, ...]],
     records: Sequence[Mapping[str, Any] | None],
     notes: tuple[str, ...],
 ) -> Row:
-    own = values[variant.name]
+    own, metric = values[variant.name], grid.study.metric_of(variant)
     mean, error = mean_and_error([value for value in own if value is not None])
-    other = scale.compared_with(variant)
+    other = grid.scale.compared_with(variant)
     differences: list[float] = []
     paper_difference, expected = None, variant.direction
     if other is not None:
@@ -159,6 +174,8 @@ def _row(
     return Row(
         name=variant.name,
         label=variant.label,
+        measure=metric.title,
+        digits=metric.digits,
         network=variant.network,
         against=other.name if other else "",
         paper=variant.paper,

@@ -12,7 +12,13 @@ from storage.errors import UserError
 from storage.objects import Store
 from storage.runs import resolve_ref
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(
+    help="Noisy Student Training as a pipeline. Begin with: nst demo. Help on a command: nst COMMAND --help",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
 PIPE_WIDTH = 200  # columns where there is no terminal: tables in logs and files are not cut
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(stderr=True, soft_wrap=True)

@@ -14,6 +14,7 @@ from storage.artifacts import SOURCE_ROLE, Manifest
 from storage.objects import Store
 from storage.shards import index_name, read_table, shard_files
 from tasks.inspection.images import contact_sheet, read_images
+from tasks.markdown import escaped, table
 from tasks.report import pick_images
 from tasks.report_drawings import (
     Drawing,
@@ -33,7 +34,6 @@ SHEET_BYTES = 250_000  # a larger sheet, of photographs, becomes a JPEG
 SHEET_COLUMNS = 4  # readable on a phone
 SHEET_IMAGES = 16
 MOST_CLASSES = 40  # in a table; of more classes the ends are shown
-SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|#~$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " "})
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def fitted(blocks: Sequence[Block]) -> str:
     for block in blocks:
         line = block
         if isinstance(block, Picture):
-            line = f"![{block.alt.translate(SPECIAL)}]({block.uri})"
+            line = f"![{escaped(block.alt)}]({block.uri})"
             if len(line) > left:
-                line = f"*(left out, the page would be too large: {block.alt.translate(SPECIAL)})*"
+                line = f"*(left out, the page would be too large: {escaped(block.alt)})*"
             left -= len(line.encode()) + 2
         lines.append(line)
     return "\n\n".join(lines)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def results_page(view: RunView) -> str:
     return "\n\n".join(
         [
             f"## {view.experiment}: results",
-            _table(head, rows),
+            table(head, rows),
             "Top-1 on the test images; gain in points over the first teacher. Kept, dropped, duplicated: unlabeled images "
             "of the selection that the student learned from.",
         ]
@@ -137,7 +137,7 @@ def _origin(view: RunView, manifest: Manifest) -> str:
     ]
     if manifest.generation:
         rows.append(["rerun", f"number {manifest.generation}"])
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
 
 
 def _dataset(view: RunView, name: str, manifest: Manifest) -> list[Block]:
@@ -146,7 +146,7 @@ def _dataset(view: RunView, name: str, manifest: Manifest) -> list[Block]:
     rows = [
         [split, *(_count(metrics[split].get(field)) for field in ("images", "rejected", "leaked"))] for split in splits
     ]
-    blocks: list[Block] = [_table(["split", "images", "rejected", "leaked"], rows)]
+    blocks: list[Block] = [table(["split", "images", "rejected", "leaked"], rows)]
     if "labeled_per_class" in metrics:
         blocks.append(_class_table(metrics["class_names"], {"labeled images": metrics["labeled_per_class"]}))
     split = splits[0]
@@ -178,7 +178,7 @@ def _model(view: RunView, name: str, manifest: Manifest) -> list[Block]:
     ]
     losses = {"last loss": "final_loss_labeled", "on unlabeled images": "final_loss_unlabeled"}
     rows += [[words, f"{metrics[field]:.3f}"] for words, field in losses.items() if field in metrics]
-    blocks: list[Block] = [_table(["", ""], rows)]
+    blocks: list[Block] = [table(["", ""], rows)]
     if metrics["num_steps"]:
         blocks += _drawn(training_drawings(view.store, {name: manifest}))
     return blocks
@@ -197,7 +197,7 @@ def _selection(view: RunView, name: str, manifest: Manifest) -> list[Block]:
     metrics, labels = manifest.metrics, view.manifests[view.name_of(manifest.inputs["labels"])]
     data = view.manifests[view.name_of(manifest.inputs["data"])]
     fields = ("labeled", "kept", "dropped", "duplicated", "total")
-    blocks: list[Block] = [_table(list(fields), [[_count(metrics[field]) for field in fields]])]
+    blocks: list[Block] = [table(list(fields), [[_count(metrics[field]) for field in fields]])]
     blocks += _drawn([confidence_drawing(labels, manifest), balance_drawing(manifest)])
     picked = {fate: rows for fate, rows in pick_images(view.store, labels, manifest, SHEET_IMAGES).items() if rows}
     keys = [row["key"] for rows in picked.values() for row in rows]
@@ -224,7 +224,7 @@ def _evaluation(view: RunView, name: str, manifest: Manifest) -> list[Block]:
     ]
     names, sizes, accuracy = classes_tested(view.store, manifest)
     columns = {"test images": sizes.tolist(), "top-1, %": (accuracy * 100).round(1).tolist()}
-    blocks: list[Block] = [_table(["split", "images", "top-1, %", "top-5, %", "calibration error, %"], rows)]
+    blocks: list[Block] = [table(["split", "images", "top-1, %", "top-5, %", "calibration error, %"], rows)]
     if any(entry.name == "reliability.parquet" for entry in manifest.files):
         blocks += _drawn([reliability_drawing(view.store, manifest)])
     first = view.manifests.get("0/evaluate")
@@ -245,22 +245,22 @@ def _robustness(manifest: Manifest) -> list[Block]:
             [kind.replace("_", " "), _percent(flip), f"{metrics['top5_distances'][kind]:.3f}"]
             for kind, flip in metrics["flips"].items()
         ]
-        return [images, _table(["perturbation", "flips, %", "top-5 distance"], rows)]
+        return [images, table(["perturbation", "flips, %", "top-5 distance"], rows)]
     if "errors" not in metrics and "accuracy" not in metrics:
         rows = [
             [name, _percent(metrics.get(name))] for name in ("top1", "top5", "ece") if metrics.get(name) is not None
         ]
-        return [images, _table(["", "%"], rows)]
+        return [images, table(["", "%"], rows)]
     if "accuracy" in metrics:
         rows = [[epsilon, _percent(value)] for epsilon, value in metrics["accuracy"].items()]
-        return [images, _table(["largest change of a pixel, 1/255", "top-1, %"], rows)]
+        return [images, table(["largest change of a pixel, 1/255", "top-1, %"], rows)]
     severities = list(next(iter(metrics["errors"].values())))
     rows = [
         [kind.replace("_", " "), *(_percent(own[s]) for s in severities), _percent(metrics["mean_errors"][kind])]
         for kind, own in metrics["errors"].items()
     ]
     rows.append(["all", *("" for _ in severities), _percent(metrics["mean_error"])])
-    return [f"Error in percent by severity, {images}.", _table(["corruption", *severities, "mean"], rows)]
+    return [f"Error in percent by severity, {images}.", table(["corruption", *severities, "mean"], rows)]
 
 
 def _report(view: RunView, name: str, manifest: Manifest) -> list[Block]:
@@ -298,14 +298,8 @@ def _class_table(names: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> 
         ranked = np.argsort(-np.asarray(next(iter(columns.values()))), kind="stable").tolist()
         order = [*ranked[: MOST_CLASSES // 2], *ranked[-MOST_CLASSES // 2 :]]
         title = f"{MOST_CLASSES // 2} classes with the most and {MOST_CLASSES // 2} with the fewest of {len(names):,}"
-    rows = [[names[n].translate(SPECIAL), *(_count(values[n]) for values in columns.values())] for n in order]
-    return f"<details><summary>{title}</summary>\n\n{_table(['class', *columns], rows)}\n\n</details>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, numbers to the right."""
-    marks = [":--", *("--:" for _ in head[1:])] if any(head) else [":--" for _ in head]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, marks, *rows))
+    rows = [[escaped(names[n]), *(_count(values[n]) for values in columns.values())] for n in order]
+    return f"<details><summary>{title}</summary>\n\n{table(['class', *columns], rows)}\n\n</details>"
 
 
 def _count(value: float | None) -> str:

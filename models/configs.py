@@ -14,6 +14,7 @@ PAPER_OPS = (
     "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
 )  # fmt: skip
 RELEASED_OPS = (*PAPER_OPS, "SolarizeAdd", "Cutout")  # what the authors' code has beyond the paper's list
+SMALL_IMAGE_NETWORKS = ("efficientnet_b0_svhn", "wide_resnet28_2")  # models/variants.py: timm alone does not build them
 
 
 class NoiseConfig(Config):

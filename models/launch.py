@@ -36,6 +36,7 @@ GRACE_S = 25.0  # Prefect kills a cancelled flow after 30 s
 CLOSE_S = 1.0
 LAST_LINES = 30
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+ENDS_WITH_PARENT = "NST_ENDS_WITH_PARENT"
 SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 
 Record = dict[str, Any]
@@ -266,6 +267,17 @@ def start_service(line: Sequence[str], environment: Mapping[str, str], folder: P
             start_new_session=True,
             preexec_fn=before_program,
         )
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, where `ENDS_WITH_PARENT` is in the environment (Linux).
+
+    Raises SystemExit where it has ended already.
+    """
+    if os.environ.get(ENDS_WITH_PARENT) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            raise SystemExit("the parent of this process has ended, and so does this")
 
 
 def adopt_orphans() -> None:

@@ -20,7 +20,7 @@ MakeStep = Callable[[Numerics], TrainStep]
 WORTH_PROBING_S = 600.0  # of a whole training: below that, a few seconds saved are not worth the asking
 WORTH_COMPILING_S = 1200.0  # compiling forward and backward of a network takes minutes on a CPU
 MOST_SHARE = 0.02  # of the training's time that the timed steps of one candidate may take
-TIMED_STEPS = 4
+TIMED_STEPS = 12  # the least counts: a shared machine is slower for seconds on end
 
 
 def choose(
@@ -80,7 +80,7 @@ def made_up_batch(
 
 
 def _measure(make_step: MakeStep, numerics: Numerics, batch: list[ReplicaBatch], most_s: float) -> tuple[float, float]:
-    """Seconds until the first step was done, less a step; and the least seconds of a step, of up to four."""
+    """Seconds until the first step was done, less a step; and the least seconds of a step, of up to twelve."""
     started = time.perf_counter()
     step = make_step(numerics)
     _timed(step, batch, 0)

@@ -21,6 +21,7 @@ from tasks.evaluators import EVALUATORS
 from tasks.inspection.images import locate_images
 from tasks.label import model_roles
 from tasks.report_drawings import balance_drawing, class_drawing, classes_tested, confidence_drawing, training_drawings
+from tasks.report_evaluations import evaluation_section
 from tasks.report_figures import MOST_BARS
 from tasks.report_images import leak_section, shown
 from tasks.results import gains, result_records
@@ -28,7 +29,7 @@ from tasks.selection.config import SelectConfig
 from tasks.selection.decisions import read_decisions
 from tasks.sources import SPLITS
 
-VERSION = 1
+VERSION = 2  # 2: evaluations
 TEMPLATE = "report.html.j2"
 CONFIDENCE_BINS = 20  # the shown images are spread over these
 KEY_DIGITS = 12
@@ -63,6 +64,7 @@ def report(context: StageContext, config: ReportConfig, inputs: dict[str, Manife
         "result": _result(records, inputs),
         "training": training_drawings(context.store, _models(inputs)),
         "sections": sections,
+        "evaluations": evaluation_section(context.store, _models(inputs), _evaluations(inputs)),
         "classes": _class_accuracy(context.store, records, inputs),
         "leaks": leak_section(context.store, inputs["unlabeled"], inputs["prepare"], config.grid_images // 2),
         "lineage": _lineage(inputs),
@@ -187,6 +189,10 @@ def _result(records: list[Row], inputs: dict[str, Manifest]) -> Row:
 
 def _models(inputs: dict[str, Manifest]) -> dict[str, Manifest]:
     return {name: inputs[name] for name in sorted(inputs, key=stage_order) if inputs[name].kind == "model"}
+
+
+def _evaluations(inputs: dict[str, Manifest]) -> list[Manifest]:
+    return [inputs[name] for name in sorted(inputs, key=stage_order) if inputs[name].kind == "evaluation"]
 
 
 def _section(

@@ -125,6 +125,28 @@ def reliability_drawing(store: Store, evaluation: Manifest) -> Drawing:
     )
 
 
+def confusion_drawing(names: list[str], counts: np.ndarray) -> Drawing:
+    """Which classes a model takes for which on the test images; counts: int [classes, classes], labels by predictions."""
+    wrong = int(counts.sum() - np.trace(counts))
+    summary = f"{wrong:,} of {int(counts.sum()):,} test images are taken for another class."
+    return Drawing(
+        "Which classes are taken for which",
+        f"Matrix of {len(names)} classes by predicted class. {summary}",
+        f"{summary} Rows are labels, columns predictions; the diagonal is right.",
+        lambda theme: figures.confusion_matrix(theme, names, counts),
+    )
+
+
+def confusion_tested(store: Store, evaluation: Manifest) -> np.ndarray:
+    """Test images by label and predicted class, int [classes, classes]."""
+    num_classes = len(evaluation.metrics["class_names"])
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    for row in read_table(store, evaluation.file("confusion.parquet")).to_pylist():
+        if row["split"] == "test":
+            counts[row["label"], row["predicted"]] = row["images"]
+    return counts
+
+
 def classes_tested(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Class names, test images and accuracy (NaN without images), in the order of the labels."""
     table = read_table(store, evaluation.file("per_class.parquet")).to_pylist()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH_IN, HEIGHT_IN, ROW_IN = 4.2, 2.9, 0.2
+PANEL_WIDTH_IN = 1.4 * WIDTH_IN  # of a picture of its own, on a screen's width
 DPI = 190  # 798 pixels: sharp at 400 CSS pixels on a screen of two pixels each
 MOST_BARS = 40  # classes that are drawn by name; more are drawn as sorted curves
 MOST_LETTERS = 16
@@ -24,6 +25,7 @@ ROW_LETTERS, LINES_A_ROW = 24, 3  # of the rows of a study: a line's letters, li
 LEGEND_COLUMNS = 3
 SMOOTHED_RECORDS = 7  # single batches jump so much that the curves of several models cannot be told apart
 WIDE_RANGE = 100  # counts that differ by more are drawn on a logarithmic scale
+FONT_POINTS = 9.5
 FONT = "DejaVu Sans"  # comes with matplotlib, so that every machine draws the same letters
 
 _SETTINGS = threading.Lock()  # matplotlib's settings belong to the process; two reports may be drawn at once
@@ -226,6 +228,27 @@ def reliability_diagram(theme: Theme, rows: Sequence[dict[str, Any]]) -> bytes:
     return _draw(theme, paint)
 
 
+def confusion_matrix(theme: Theme, names: Sequence[str], counts: np.ndarray) -> bytes:
+    """Which classes are taken for which: of the images of each class (a row) the share that is predicted as each class.
+
+    counts: int [classes, classes], labels by predictions. Colors go by the root of the share, so that few mistakes show.
+    """
+
+    def paint(axes: "Axes") -> None:
+        from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        colors = LinearSegmentedColormap.from_list("share", [theme.surface, theme.accent])
+        axes.imshow(shares, cmap=colors, norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest", aspect="auto")
+        _class_axis(axes, names)
+        size = min(FONT_POINTS, 230 / len(names))  # the axes are about 230 points wide
+        axes.set_xticks(np.arange(len(names)), labels=_drawable(names), rotation=90, fontsize=size)
+        axes.grid(visible=False)
+        axes.set(xlabel="predicted", ylabel="label", ylim=(len(names) - 0.5, -0.5))
+
+    return _draw(theme, paint, len(names))
+
+
 def _draw(theme: Theme, paint: Callable[["Axes"], None], num_rows: int = 0) -> bytes:
     """PNG bytes of one pair of axes; tall enough for `num_rows` class names."""
     import matplotlib
@@ -243,7 +266,9 @@ def _draw(theme: Theme, paint: Callable[["Axes"], None], num_rows: int = 0) -> b
     return stream.getvalue()
 
 
-def draw_panels(theme: Theme, panels: Sequence[tuple[Callable[["Axes"], None], int]], colors: dict[str, str]) -> bytes:
+def draw_panels(
+    theme: Theme, panels: Sequence[tuple[Callable[["Axes"], None], int]], colors: dict[str, str], width_in: float
+) -> bytes:
     """PNG bytes of several axes below each other, each as tall as its rows need; one legend of names and colors for all."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -254,7 +279,7 @@ def draw_panels(theme: Theme, panels: Sequence[tuple[Callable[["Axes"], None], i
     with _SETTINGS, matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_settings(theme))
-        figure = Figure(figsize=(WIDTH_IN * 1.4, sum(heights) + 0.4), layout="constrained")
+        figure = Figure(figsize=(width_in, sum(heights) + 0.4), layout="constrained")
         axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
         for (paint, _), own in zip(panels, axes, strict=True):
             own.set_axisbelow(True)
@@ -268,7 +293,7 @@ def draw_panels(theme: Theme, panels: Sequence[tuple[Callable[["Axes"], None], i
 def _settings(theme: Theme) -> dict[Any, Any]:
     return {
         "font.family": FONT,
-        "font.size": 9.5,
+        "font.size": FONT_POINTS,
         "text.color": theme.text,
         "axes.labelcolor": theme.text,
         "axes.edgecolor": theme.muted,

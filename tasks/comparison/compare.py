@@ -4,26 +4,25 @@ Only like is laid beside like: evaluations with the same settings, on the same d
 rate or a distance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from storage.artifacts import Manifest, get, list_artifacts
 from storage.errors import UserError
 from storage.keys import canonical_json
 from storage.objects import Store
-from storage.shards import read_index, read_tables
+from tasks.comparison.images import SPLIT, correct_images, image_scores
 from tasks.evaluators import EVALUATORS, Evaluator
-from tasks.evaluators.altered import classes_of, first_classes
 from tasks.metrics.corruption import check_baseline
-from tasks.metrics.significance import holm, mcnemar, paired_bootstrap, wilson_interval
+from tasks.metrics.significance import bootstrap_chance, holm, mcnemar, paired_bootstrap, wilson_interval
 
-SPLIT = "test"
 SIGNIFICANT = 0.05
+TESTS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"McNemar": mcnemar, "bootstrap": bootstrap_chance}
+UNITS = {"share": (100, 2), "rate": (1, 1), "distance": (1, 3)}  # factor and decimals as people read them: shares in %
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,31 @@ class Measure:
     better: str = "larger"
     unit: str = "share"
 
+    @property
+    def title(self) -> str:
+        """The name with the unit of `number`."""
+        return f"{self.name}, %" if self.unit == "share" else self.name
+
+    def number(self, model: str) -> str:
+        """A model's number as people read it; - where there is none."""
+        factor, digits = UNITS[self.unit]
+        return f"{factor * self.values[model].value:.{digits}f}" if model in self.values else "-"
+
+    def interval(self, model: str) -> str:
+        """Its 95 % interval in the same unit; empty where it has none."""
+        factor, value = UNITS[self.unit][0], self.values.get(model)
+        if value is None or value.low is None or value.high is None:
+            return ""
+        return f"{factor * value.low:.1f} - {factor * value.high:.1f}"
+
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models on the same images: b's top-1 less a's with its 95 % interval (bootstrap), and McNemar's chance (Holm).
+    """Two models on the same images: b's top-1 less a's with its 95 % interval (bootstrap), and a test's chance (Holm).
 
-    `better`: the name of the one that is significantly better; empty: neither is. `won`: images that b alone gets right.
+    `test`: McNemar's; of corruptions the bootstrap's, as an image has many predictions: its score is the share that is right.
+    `better`: the name of the one that is significantly better; empty: neither is. `won`: images that b alone gets right, or
+    under more corruptions.
     """
 
     a: str
@@ -57,6 +75,7 @@ class Pair:
     difference: float
     low: float
     high: float
+    test: str
     chance: float
     better: str
     won: int
@@ -80,54 +99,51 @@ def compare(store: Store, models: Mapping[str, Manifest], baseline: str = "") ->
     `baseline`: the model by whose errors and flips those of the others are divided; empty: the first. Raises UserError where the models
     have no evaluation in common.
     """
-    groups = [group for group in _grouped(store, models) if len(group.manifests) > 1]
+    named = baseline or next(iter(models))
+    groups = [group for group in evaluations_of(store, models, named) if len(group.manifests) > 1]
     if not groups:
         raise UserError(
             f"{', '.join(models)} have no evaluation in common; measure each of them first, e.g. nst evaluate clean "
             f"{next(iter(models))} --data DATA"
         )
-    named = baseline or next(iter(models))
     for group in groups:
-        group.measures = MEASURES[_form(group)](group, named)
         group.pairs = _pairs(store, group)
     return groups
 
 
-def correct_images(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray] | None:
-    """Keys, labels, predicted classes [n] and whether they are right [n], of the images that top-1 is measured on.
+def evaluations_of(store: Store, models: Mapping[str, Manifest], baseline: str = "") -> list[Group]:
+    """All evaluations of some models that a store has, by today's versions of the evaluators; see group_evaluations."""
+    current = [m for m in list_artifacts(store, kind="evaluation") if _is_current(m)]
+    return group_evaluations(current, models, baseline)
 
-    None where an evaluation has several predictions of an image.
+
+def group_evaluations(
+    evaluations: Iterable[Manifest], models: Mapping[str, Manifest], baseline: str = ""
+) -> list[Group]:
+    """Those evaluations that are of some models (name -> artifact) with their numbers, in the order of EVALUATORS.
+
+    Of those that were made again the newest counts. `baseline`: as in `compare`; empty: nothing is divided. Pairs are not
+    tested.
     """
-    if evaluation.stage == "evaluate":
-        return _clean_images(store, evaluation)
-    if evaluation.stage == "evaluate-subset":
-        rows = pa.concat_tables(read_tables(store, evaluation.files_under("predictions/")))
-        labels, predicted = rows["label"].to_numpy(), first_classes(rows)
-        return rows["key"].to_pylist(), labels, predicted, labels == predicted
-    return None
+    groups = _grouped(evaluations, models)
+    for group in groups:
+        group.measures = MEASURES[_form(group)](group, baseline)
+    return groups
 
 
-def _clean_images(store: Store, evaluation: Manifest) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray] | None:
-    files = evaluation.files_under(f"predictions/{SPLIT}/")
-    if not files:
-        return None
-    model = get(store, "model", evaluation.inputs["model"])
-    data = get(store, "dataset", evaluation.inputs["data"])
-    index = read_index(store, data, SPLIT, ["key", "label"])
-    classes = np.array(classes_of(model, data.metrics["class_names"], "the data"))
-    labels = classes[index["label"].to_numpy()]
-    predicted = pa.concat_tables(read_tables(store, files, ["label"]))["label"].to_numpy()
-    return index["key"].to_pylist(), labels, predicted, labels == predicted
+def _is_current(evaluation: Manifest) -> bool:
+    evaluator = EVALUATORS.get(evaluation.stage)
+    return evaluator is not None and evaluation.stage_version == evaluator.version
 
 
-def _grouped(store: Store, models: Mapping[str, Manifest]) -> list[Group]:
+def _grouped(evaluations: Iterable[Manifest], models: Mapping[str, Manifest]) -> list[Group]:
     names = {manifest.key: name for name, manifest in models.items()}
     found: dict[tuple[int, bytes], Group] = {}
     order = list(EVALUATORS)
-    for manifest in list_artifacts(store, kind="evaluation"):
-        evaluator = EVALUATORS.get(manifest.stage)
+    for manifest in evaluations:
+        evaluator = EVALUATORS[manifest.stage]
         name = names.get(manifest.inputs.get("model", ""))
-        if evaluator is None or name is None or manifest.stage_version != evaluator.version:
+        if name is None:
             continue
         others = {role: key for role, key in manifest.inputs.items() if role != "model"}
         identity = order.index(evaluator.name), canonical_json([manifest.config, others])
@@ -246,17 +262,18 @@ def _relative(what: str, numbers: Mapping[str, Mapping[str, float]], named: str)
 
 def _pairs(store: Store, group: Group) -> list[Pair]:
     """Each model against the first, and each against the one before it, on the same images."""
-    found = {name: correct_images(store, manifest) for name, manifest in group.manifests.items()}
-    right = {name: images[3] for name, images in found.items() if images is not None}
-    names = list(right)
+    found = {name: image_scores(store, manifest) for name, manifest in group.manifests.items()}
+    scores = {name: own for name, own in found.items() if own is not None}
+    names = list(scores)
     wanted = list(dict.fromkeys([*((names[0], name) for name in names[1:]), *pairwise(names)])) if names else []
-    chances = holm({f"{a}\n{b}": mcnemar(right[a], right[b]) for a, b in wanted})
+    test = "bootstrap" if _form(group) == "errors" else "McNemar"
+    chances = holm({f"{a}\n{b}": TESTS[test](scores[a], scores[b]) for a, b in wanted})
     pairs = []
     for a, b in wanted:
-        difference, chance = float(right[b].mean() - right[a].mean()), chances[f"{a}\n{b}"]
+        difference, chance = float(scores[b].mean() - scores[a].mean()), chances[f"{a}\n{b}"]
         better = "" if chance >= SIGNIFICANT else b if difference > 0 else a
-        won, lost = int((~right[a] & right[b]).sum()), int((right[a] & ~right[b]).sum())
-        pairs.append(Pair(a, b, difference, *paired_bootstrap(right[a], right[b]), chance, better, won, lost))
+        won, lost = int((scores[b] > scores[a]).sum()), int((scores[b] < scores[a]).sum())
+        pairs.append(Pair(a, b, difference, *paired_bootstrap(scores[a], scores[b]), test, chance, better, won, lost))
     return pairs
 
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from storage.artifacts import Manifest
 from storage.objects import Store
-from tasks.comparison.compare import SPLIT, Group, Measure
+from tasks.comparison.compare import Group, Measure
+from tasks.comparison.images import SPLIT
 from tasks.inspection.images import contact_sheet, read_images
-from tasks.report_figures import LIGHT, Theme, draw_panels
+from tasks.report_figures import LIGHT, PANEL_WIDTH_IN, Theme, draw_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,9 @@ TITLES = {
 }
 
 
-def comparison_picture(groups: Sequence[Group], models: Sequence[str], theme: Theme = LIGHT) -> bytes:
+def comparison_picture(
+    groups: Sequence[Group], models: Sequence[str], theme: Theme = LIGHT, width_in: float = PANEL_WIDTH_IN
+) -> bytes:
     """A panel a kind of evaluation, a color a model; clean top-1 with its 95 % interval."""
     colors = {name: theme.series[number % len(theme.series)] for number, name in enumerate(models)}
     panels: list[tuple[Callable[[Axes], None], int]] = []
@@ -38,7 +41,7 @@ def comparison_picture(groups: Sequence[Group], models: Sequence[str], theme: Th
         else:
             rows = [measure for measure in group.measures if measure.unit == "share"]
             panels.append((partial(_dots, group=group, rows=rows, colors=colors), len(rows)))
-    return draw_panels(theme, panels, colors)
+    return draw_panels(theme, panels, colors, width_in)
 
 
 def changed_sheet(

@@ -1,6 +1,7 @@
 """Whether a difference between two models is more than chance: intervals and tests on the same images.
 
-correct_a, correct_b: bool [n], whether each model was right about each image, in one order.
+correct_a, correct_b: bool [n], whether each model was right about each image, in one order. Scores may lie between: the share of an
+image's corruptions under which the model was right.
 """
 
 import math
@@ -39,21 +40,40 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
 
 
 def paired_bootstrap(
-    correct_a: np.ndarray, correct_b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
+    scores_a: np.ndarray, scores_b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95 % interval of b's accuracy less a's, by drawing images with replacement (percentiles); in [-1, 1].
+    """The 95 % interval of b's mean score less a's, by drawing images with replacement (percentiles); in [-1, 1].
 
-    Of each image only the difference -1, 0 or 1 counts, so the draw of n images is one of a multinomial: exact, and
-    the same for a seed however many images there are.
+    scores: bool or float [n] in [0, 1], of the same images in one order.
     """
-    difference = correct_b.astype(np.int64) - correct_a
-    counts = np.array([(difference == value).sum() for value in (-1, 0, 1)])
-    total = int(counts.sum())
-    if not total:
-        return 0.0, 0.0
-    drawn = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
-    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / total, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    drawn = _drawn_differences(scores_a, scores_b, seed, resamples)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def bootstrap_chance(scores_a: np.ndarray, scores_b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> float:
+    """Twice the share of the bootstrap's draws in which neither or the other model is better, in (0, 1].
+
+    At least 2 / (resamples + 1): no number of draws shows that something never happens.
+    """
+    drawn = _drawn_differences(scores_a, scores_b, seed, resamples)
+    against = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return min(1.0, 2 * (against + 1) / (resamples + 1))
+
+
+def _drawn_differences(scores_a: np.ndarray, scores_b: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Mean differences of redrawn images, float64 [resamples].
+
+    Of each image only its difference counts, so a draw of n images is one of a multinomial over the differences there are:
+    exact, and as fast for many images as for few.
+    """
+    difference = np.round(scores_b.astype(np.float64) - scores_a, 9)
+    values, counts = np.unique(difference, return_counts=True)
+    if not len(values):
+        return np.zeros(resamples)
+    total = len(difference)
+    drawn = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
+    return drawn @ values / total
 
 
 def holm(chances: Mapping[str, float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What people do with runs: again, rerun a stage, both orders of work, two at once, under a real Prefect server."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_plan_names_the_changed_field_and_does_nothing(finished: Path) -> None:
     assert by_name["1/select"]["reasons"] == ["select.min_confidence: 0.0 -> 0.2"]
     assert by_name["1/student"]["reasons"] == ["input 1/select is new"]
     assert Store(str(finished)).paths("") == before
+
+
+def test_the_report_shows_the_evaluations_of_the_run(finished: Path, tmp_path: Path) -> None:
+    nst("report", "digits", str(tmp_path / "report.html"), "--store", str(finished))
+    page = (tmp_path / "report.html").read_text()
+    records = json.loads(nst("results", "digits", "--json", "--store", str(finished)))
+    (row,) = re.findall('<tr data-measure="clean top-1">(.*?)</tr>', page)
+    assert re.findall(r"<td>([\d.]+) \(", row) == [f"{100 * record['top1']:.2f}" for record in records]
+    assert "1/student: Is its confidence worth believing?" in page
 
 
 def test_an_exported_model_is_loaded_by_timm_alone(finished: Path, tmp_path: Path) -> None:

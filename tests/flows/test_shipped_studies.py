@@ -16,7 +16,7 @@ NAMES = [path.stem for path in shipped_studies()]
 # The paper's numbers once more, in the order of the rows at the scale `imagenet`
 SUPERVISED = (77.3, 79.2, 80.0, 81.7, 83.2, 84.0, 84.5, 85.0)
 ITSELF = (78.1, 80.2, 81.1, 82.5, 84.4, 85.1, 85.9, 86.4)
-PAPER: dict[str, tuple[float, ...]] = {
+PAPER: dict[str, tuple[float | None, ...]] = {
     "main": (85.0, 85.5, 88.4),  # table 2
     "sizes": tuple(n for pair in zip(SUPERVISED, ITSELF, strict=True) for n in pair),  # table 9
     "noise": (84.0, 85.1, 84.6, 84.3, 84.4, 83.3, 83.9, 83.6, 83.2, 83.7),  # table 6, 130M then 1.3M
@@ -37,6 +37,7 @@ PAPER: dict[str, tuple[float, ...]] = {
     "batch-ratio": (84.0, 84.0, 86.7, 87.4, 87.4, 87.9),  # table 14
     "warm-start": (77.3, 77.4, 77.5, 77.7, 77.8, 77.9),  # table 15
     "resnet": (77.6, 78.9),  # table 16
+    "robustness": (49.6, 83.7, 47.5, 30.0, 62.6, 76.5, None, None, None, None, 1.1, 4.4),  # tables 3 and 4, section 3.4
     "svhn": (98.1, 98.6),  # table 17
     "unlabeled-source": tuple(
         number
@@ -51,9 +52,8 @@ PAPER: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", ["imagenet", "cifar10"])
-@pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_study_is_valid_at_both_scales(name: str, scale: str) -> None:
+@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in NAMES for scale in load_study(name).scales])
+def test_every_shipped_study_is_valid_at_all_its_scales(name: str, scale: str) -> None:
     grid = make_grid(load_study(name), scale, seeds=1)
     assert grid.runs
     unknown = {
@@ -119,6 +119,29 @@ def test_studies_share_with_each_other() -> None:
     assert own == {"1/evaluate", "2/evaluate"}, "of students between the first and the last"
     common = {keys["main"][key] for key in keys["main"].keys() & keys["teacher-capacity"].keys()}
     assert common >= {"0/teacher", "1/student", "2/student", "3/student"}
+
+
+def test_every_study_has_the_papers_scale_and_a_small_one() -> None:
+    assert all({"imagenet", "cifar10"} <= set(load_study(name).scales) for name in NAMES)
+
+
+def test_a_row_is_measured_by_the_evaluation_that_its_metric_names_and_no_other() -> None:
+    targets = {run.variant: run.targets for run in make_grid(load_study("robustness"), "imagenet", seeds=1).runs}
+    assert targets == {
+        "a-supervised": ("0/evaluate-subset", "0/evaluate-fgsm", "0/evaluate-pgd"),
+        "a-noisy-student": ("3/evaluate-subset", "3/evaluate-fgsm", "3/evaluate-pgd"),
+        "c-supervised": ("0/evaluate-imagenet-c", "0/evaluate-imagenet-p"),
+        "c-noisy-student": ("3/evaluate-imagenet-c", "3/evaluate-imagenet-p"),
+    }
+
+
+@pytest.mark.parametrize("scale", ["imagenet", "cifar10"])
+def test_robustness_trains_nothing_that_the_main_result_does_not(scale: str) -> None:
+    trained = {}
+    for name in ("main", "robustness"):
+        runs = make_grid(load_study(name), scale, seeds=1).runs
+        trained[name] = {keys_without_data(r)[n.name].key for r in runs for n in r.needed if n.stage == "train"}
+    assert trained["robustness"] <= trained["main"]
 
 
 def test_all_studies_in_one_store_need_less_than_each_alone() -> None:

@@ -119,6 +119,56 @@ def test_a_study_may_name_another_metric_of_the_results(tmp_path: Path) -> None:
         make_rows(grid, measured(soft__1__student=[0.5]))
 
 
+FGSM = "metric: {field: evaluations.fgsm.accuracy.2, title: FGSM, digits: 1}, "
+
+
+def of_fgsm(text: str) -> str:
+    """The tiny study with two rows under attack beside the others, of the same runs."""
+    rows = [
+        f"      - {{name: attacked-supervised, of: soft, {FGSM}network: 0/teacher}}",
+        f"      - {{name: attacked, of: soft, {FGSM}against: attacked-supervised, direction: higher}}",
+    ]
+    return "\n".join(
+        [
+            text.rstrip().replace("    variants:", "    overrides: {evaluate.fgsm: {epsilons: [2]}}\n    variants:"),
+            *rows,
+            "",
+        ]
+    )
+
+
+def attacked_grid(folder: Path) -> Grid:
+    (folder / "tiny.yaml").write_text(of_fgsm(TINY_STUDY))
+    return make_grid(load_study(str(folder / "tiny.yaml")), "tiny", 2)
+
+
+def test_a_row_may_have_the_metric_of_an_evaluator_beside_rows_of_another(tmp_path: Path) -> None:
+    grid = attacked_grid(tmp_path)
+    records = [
+        {"iteration": n, "role": role, "key": role, "top1": top1, "evaluations": {"fgsm": {"accuracy": {"2": fgsm}}}}
+        for n, role, top1, fgsm in ((0, "teacher", 0.7, 0.2), (1, "student", 0.8, 0.3))
+    ]
+    rows = make_rows(grid, Measurements({("soft", seed): records for seed in (0, 1)}))
+    attacked = {row.name: row for row in rows}["attacked"]
+    assert (attacked.values, attacked.measure, attacked.against) == ((30.0, 30.0), "FGSM", "attacked-supervised")
+    assert (attacked.difference, attacked.verdict) == (pytest.approx(10), "yes")
+    page = markdown_page(grid, rows, [], "p.png", "nst study tiny")
+    assert "| soft labels | test top-1, % | 85.1 | 80.00 ± 0.00 (n=2) |" in page
+    assert "| attacked | FGSM | - | 30.0 ± 0.0 (n=2) | higher | +10.0 ± 0.0 | attacked-supervised | yes |" in page
+    records[1]["evaluations"] = {"fgsm": {"acuracy": {"2": 0.3}}}
+    with pytest.raises(
+        UserError, match=r"no result has metric.field=evaluations.fgsm.accuracy.2; results have acuracy"
+    ):
+        make_rows(grid, Measurements({("soft", 0): records[1:]}))
+
+
+def test_what_was_not_evaluated_yet_is_not_measured(tmp_path: Path) -> None:
+    record = {"iteration": 1, "role": "student", "key": "k", "top1": 0.8, "evaluations": {}}
+    rows = {row.name: row for row in make_rows(attacked_grid(tmp_path), Measurements({("soft", 0): [record]}))}
+    assert (rows["attacked"].values, rows["attacked"].verdict) == ((None, None), "not measured")
+    assert rows["soft"].mean == 80
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -136,6 +186,9 @@ def test_a_study_may_name_another_metric_of_the_results(tmp_path: Path) -> None:
         ("recipe: digits", "recipe: digit", r"study tiny, variant soft: recipe 'digit' is no file and no shipped recipe"),
         ("title: Does", "tilte: Does", r"tiny.yaml: unknown field tilte -> did you mean title\?"),
         ("name: tiny", "name: other", r"name=other is not the file's name"),
+        ("title: hard labels,", f"title: hard labels, {FGSM}", r"variant hard: against=soft has another metric"),
+        ("name: broken,", f"name: broken, {FGSM}", r"variant broken: metric.field=evaluations.fgsm.accuracy.2 is measured by fgsm, .*add evaluate.fgsm"),
+        ("name: broken,", "name: broken, metric: {field: evaluations.fsgm.x},", r"there is no evaluator fsgm; there are clean, corrupted"),
         ("paper: 84.0, against: soft", "paper: 84.0, direction: lower", r"direction=lower is for rows of which the paper"),
     ],
 )  # fmt: skip
@@ -267,6 +320,22 @@ def test_the_table_is_made_again_without_running(studied: tuple[Path, dict[str, 
     assert (folder / "docs" / "tiny-tiny.md").read_text().count("* failed: broken, seed") == 2
     assert "6 runs of" in printed
     assert "GPU-days" in printed
+
+
+def test_the_numbers_of_an_evaluator_are_those_of_its_artifacts(finished: Path, tmp_path: Path) -> None:
+    """On the finished run's own networks: nothing is trained, and only the asked evaluation is made."""
+    shutil.copytree(finished, tmp_path / "store")
+    study = of_fgsm(TINY_STUDY).replace("seeds: 2", "seeds: 1")
+    kept = [line for line in study.splitlines() if "name: broken" not in line and "name: hard" not in line]
+    (tmp_path / "tiny.yaml").write_text("\n".join(kept))
+    printed = nst(*command(tmp_path, "--json"), cwd=tmp_path)
+    rows = {row["name"]: row for row in json.JSONDecoder().raw_decode(printed[printed.index("{") :])[0]["rows"]}
+    store = Store(str(tmp_path / "store"))
+    made = {m.inputs["model"]: m for m in list_artifacts(store, kind="evaluation") if m.stage == "evaluate-fgsm"}
+    assert len(list_artifacts(store)) == len(list_artifacts(Store(str(finished)))) + len(made) == 9 + 2
+    for name in ("attacked-supervised", "attacked"):
+        (key,) = rows[name]["keys"]
+        assert rows[name]["values"] == [pytest.approx(100 * made[key].metrics["accuracy"]["2"])]
 
 
 def test_results_of_other_settings_are_not_shown(studied: tuple[Path, dict[str, Any]]) -> None:

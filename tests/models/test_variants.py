@@ -6,12 +6,16 @@ import timm
 import torch
 
 from models import variants, zoo
-from models.configs import ModelConfig
+from models.configs import SMALL_IMAGE_NETWORKS, ModelConfig
 
 SVHN = ModelConfig(name=variants.efficientnet_b0_svhn.__name__, image_size=32, dropout=0.2, drop_path=0.2)
 
 SMALLER = {"layers": [1, 1, 1], "channels": [16, 32, 64]}
 WIDE = ModelConfig(name=variants.wide_resnet28_2.__name__, image_size=32, args=SMALLER, drop_path=0.1)
+
+
+def test_the_settings_name_every_network_that_timm_lacks() -> None:
+    assert set(timm.list_models(module="variants")) == set(SMALL_IMAGE_NETWORKS)
 
 
 def test_the_svhn_network_ends_in_a_map_of_4_x_4_and_has_b0s_weights() -> None:

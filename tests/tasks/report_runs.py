@@ -109,26 +109,44 @@ class RunBuilder:
         )
         if name.endswith("/selector"):
             return
+        sizes = [20 * (n != 1) for n in range(len(self.class_names))]  # class 1 has no test image
+        right = [round(size * top1) for size in sizes]
         rows = [
-            {
-                "split": split,
-                "label": n,
-                "class_name": c,
-                "class_images": 20 * (n != 1),
-                "class_correct": round(20 * top1) * (n != 1),
-            }
+            {"split": split, "label": n, "class_name": c, "class_images": sizes[n], "class_correct": right[n]}
             for split in ("val", "test")
             for n, c in enumerate(self.class_names)
-        ]  # class 1 has no test image
-        measured = {split: {"top1": top1, "top5": top5, "images": 400} for split in ("val", "test")}
-        evaluate = f"{name.split('/')[0]}/evaluate"
+        ]
+        pairs = [pair for n in range(len(sizes)) for pair in ((n, n, right[n]), (n, n - 1, sizes[n] - right[n]))]
+        confused = [
+            {"split": split, "label": n, "predicted": taken % len(sizes), "images": images}
+            for split in ("val", "test")
+            for n, taken, images in pairs
+            if images
+        ]
+        bins = [
+            {"split": "test", "low": 0.0, "high": 0.5, "images": 100, "confidence": 0.4, "accuracy": 0.5},
+            {"split": "test", "low": 0.5, "high": 1.0, "images": 300, "confidence": 0.9, "accuracy": 0.8},
+        ]
+        tables = {"per_class.parquet": rows, "confusion.parquet": confused, "reliability.parquet": bins}
+        shares = {"top1": top1, "top5": top5, "images": 400, "ece": 0.1, "mean_confidence": 0.775}
         self.add(
-            evaluate,
+            f"{name.split('/')[0]}/evaluate",
             "evaluation",
-            {"per_class.parquet": pa.Table.from_pylist(rows)},
-            measured,
+            {file: pa.Table.from_pylist(own) for file, own in tables.items()},
+            dict.fromkeys(("val", "test"), shares),
             {"data": "prepare", "model": name},
         )
+
+    def add_robustness(self, name: str, error: float) -> None:
+        """An evaluation under two corruptions, and one under attack; both by hand."""
+        errors = {"fog": {"3": error}, "contrast": {"3": error + 0.1}}
+        means = {kind: own["3"] for kind, own in errors.items()}
+        mean = error + 0.05
+        corrupted = {"images": 400, "errors": errors, "mean_errors": means, "mean_error": mean, "top1": 1 - mean}
+        attacked = {"images": 400, "accuracy": {"0": 1 - error, "4": 0.5 - error}}
+        for stage, metrics in (("evaluate-corrupted", corrupted), ("evaluate-fgsm", attacked)):
+            roles = {"data": "prepare", "model": name}
+            self.add(f"{name.split('/')[0]}/{stage}", "evaluation", {}, metrics, roles)
 
     def add_labels(self, iteration: int, model: str) -> None:
         rng, size = np.random.default_rng(iteration), len(self.class_names)

@@ -3,18 +3,22 @@
 Run: `PYTHONPATH=. .venv/bin/python -m pytest tests/tasks/test_report.py -q`
 """
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from storage.objects import Store
 from storage.shards import ShardReader
 from tasks import report as subject
 from tasks import report_figures as figures
 from tasks.report import spread, take_evenly
+from tasks.report_evaluations import most_mistaken
 from tasks.report_images import image_uri
 from tests.tasks.report_runs import (
     HOSTILE,
@@ -91,7 +95,8 @@ def test_every_figure_has_a_text_alternative_and_both_themes(html: str) -> None:
     images = [attributes for tag, attributes in elements if tag == "img"]
     assert all(len(attributes["alt"]) > 3 for attributes in images)
     dark = [attributes["srcset"] for tag, attributes in elements if tag == "source"]
-    assert len(dark) == 6  # loss, validation, learning rate; confidence, balance; classes
+    # loss, validation, learning rate; confidence, balance; top-1, of both models calibration and confusion; classes
+    assert len(dark) == 11
     for uri in dark:
         assert picture(uri).width == 798
 
@@ -183,7 +188,60 @@ def test_many_classes_are_drawn_as_curves_and_listed_by_gain(tmp_path: Path) -> 
     run = each_iteration(tmp_path, min_confidence=0.1, class_names=tuple(f"class {n}" for n in range(60)))
     page = Page(run.report()[1])
     assert "The classes with the largest gains and losses" in page.text
-    assert len({image.height for image in (picture(a["srcset"]) for t, a in page.elements if t == "source")}) == 1
+    heights = [picture(attributes["srcset"]).height for tag, attributes in page.elements if tag == "source"]
+    assert max(heights) == figures.HEIGHT_IN * figures.DPI, "none has a row a class"
+
+
+def measure(html: str, name: str) -> list[str]:
+    """The cells of a measure's row in the tables of evaluations, its title first."""
+    (row,) = re.findall(f'<tr data-measure="{re.escape(name)}">(.*?)</tr>', html)
+    return re.findall("<td[^>]*>(.*?)</td>", row)
+
+
+def test_each_models_calibration_and_mistakes_are_shown(html: str) -> None:
+    text = " ".join(Page(re.sub("</t[dh]>", " ", html)).text.split())
+    for name in ("0/teacher", "1/student"):
+        for title in ("Is its confidence worth believing?", "Which classes are taken for which"):
+            assert f"{name}: {title}" in text
+        assert f"Most frequent mistakes of {name}" in text
+    assert f"class taken for test images {HOSTILE[0]} {HOSTILE[2]} 6 {HOSTILE[2]} {HOSTILE[1]} 6" in text, "0/teacher"
+    assert "12 of 40 test images are taken for another class" in text
+
+
+def test_evaluations_of_a_kind_stand_beside_each_other_with_their_intervals(html: str) -> None:
+    title, teacher, student = measure(html, "clean top-1")
+    assert (title, teacher.split()[0], student.split()[0]) == ("top-1, %", "71.00", "79.25")
+    low, high = teacher.split("(")[1].rstrip(")").split(" - ")
+    assert float(low) < 71 < float(high)
+    assert measure(html, "clean calibration error") == ["calibration error, %", "10.00", "10.00"]
+
+
+def test_whatever_the_run_measured_is_shown_and_how_to_measure_more_is_said(tmp_path: Path) -> None:
+    run = each_iteration(tmp_path)
+    for name, error in (("0/teacher", 0.4), ("1/student", 0.3)):
+        run.add_robustness(name, error)
+    html = run.report()[1]
+    assert measure(html, "corrupted fog") == ["fog, %", "40.00", "30.00"]
+    assert measure(html, "corrupted error relative to 0/teacher (100)")[1:] == ["100.0", "77.5"]  # .3/.4 and .4/.5
+    assert [cell.split()[0] for cell in measure(html, "fgsm top-1 at 4/255")[1:]] == ["10.00", "20.00"]
+    assert "nst evaluate corrupted animals&lt;1&gt;/1/student" in html
+
+
+def test_the_most_frequent_mistakes_come_first_and_right_images_are_none() -> None:
+    counts = np.array([[9, 0, 2], [5, 1, 0], [0, 0, 7]])
+    assert most_mistaken(["a", "b", "c"], counts) == [("b", "a", 5), ("a", "c", 2)]
+
+
+def test_a_matrix_of_classes_is_darkest_where_every_image_goes() -> None:
+    def accented(counts: np.ndarray) -> int:
+        png = figures.confusion_matrix(figures.LIGHT, ["a", "b"], counts)
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        return int((pixels == (0x00, 0x72, 0xB2)).all(axis=-1).sum())
+
+    assert accented(np.array([[3, 3], [4, 4]])) == 0
+    both, one = accented(np.array([[5, 0], [0, 1]])), accented(np.array([[5, 0], [1, 1]]))
+    assert both == pytest.approx(2 * one, rel=0.05)
+    assert one > 1000
 
 
 def test_rejected_images_are_counted(html: str) -> None:

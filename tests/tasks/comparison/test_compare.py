@@ -9,9 +9,10 @@ from PIL import Image
 from storage.artifacts import Manifest, get
 from storage.errors import UserError
 from storage.objects import Store
-from tasks.comparison.compare import Group, changed_images, compare, correct_images
+from tasks.comparison.compare import Group, changed_images, compare
+from tasks.comparison.images import correct_images, image_scores
 from tasks.comparison.picture import changed_sheet, comparison_picture
-from tasks.metrics.significance import mcnemar
+from tasks.metrics.significance import bootstrap_chance, mcnemar
 from tests.models.artifacts import make_artifacts
 from tests.tasks.evaluators.evaluations import evaluate
 from tests.tasks.labeling import teacher
@@ -81,6 +82,21 @@ def test_pairs_are_tested_on_the_same_images(compared: Compared) -> None:
     assert (pair.won, pair.lost) == (int((~first[3] & second[3]).sum()), int((first[3] & ~second[3]).sum()))
     assert pair.low <= pair.difference <= pair.high
     assert pair.better == "" or pair.chance < 0.05
+
+
+def test_under_corruptions_pairs_are_tested_image_by_image_on_the_mean_over_all_of_them(compared: Compared) -> None:
+    (group,) = (g for g in compared.groups("a", "b") if g.evaluator == "corrupted")
+    (pair,) = group.pairs
+    first, second = (image_scores(compared.store, group.manifests[name]) for name in ("a", "b"))
+    assert first is not None
+    assert second is not None
+    assert set(np.unique(first)) <= {0, 0.5, 1}, "fog and contrast, one severity"
+    for scores, name in ((first, "a"), (second, "b")):
+        assert scores.mean() == pytest.approx(group.manifests[name].metrics["top1"])
+    assert pair.difference == pytest.approx(second.mean() - first.mean())
+    assert (pair.won, pair.lost) == (int((second > first).sum()), int((second < first).sum()))
+    assert (pair.test, pair.chance) == ("bootstrap", bootstrap_chance(first, second))
+    assert pair.low <= pair.difference <= pair.high
 
 
 def test_a_model_is_not_better_than_itself(compared: Compared) -> None:

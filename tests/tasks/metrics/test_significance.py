@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tasks.metrics.significance import holm, mcnemar, paired_bootstrap, wilson_interval
+from tasks.metrics.significance import bootstrap_chance, holm, mcnemar, paired_bootstrap, wilson_interval
 
 
 def right(pattern: str) -> np.ndarray:
@@ -55,6 +55,23 @@ def test_a_bootstrap_interval_holds_the_difference_and_has_the_binomials_width()
 
 def test_the_same_predictions_differ_by_nothing() -> None:
     assert paired_bootstrap(right("1010"), right("1010")) == (0, 0)
+
+
+def test_scores_between_right_and_wrong_have_an_interval_of_their_own_width() -> None:
+    """Of 1,000 images 400 gain .5, 200 lose .25: mean .15, variance .4 x .25 + .2 x .0625 - .15^2 = .09."""
+    a = np.repeat([0.25, 0.5, 0.75], [400, 200, 400])
+    b = np.repeat([0.75, 0.25, 0.75], [400, 200, 400])
+    half = 1.96 * (0.09 / 1000) ** 0.5
+    assert paired_bootstrap(a, b) == pytest.approx((0.15 - half, 0.15 + half), abs=0.002)
+
+
+def test_the_bootstraps_chance_is_near_mcnemars_and_never_zero() -> None:
+    a = np.repeat([True, False, True], [40, 60, 900])
+    b = np.repeat([False, True, True], [40, 60, 900])
+    assert bootstrap_chance(a, b) == pytest.approx(mcnemar(a, b), abs=0.02)
+    assert bootstrap_chance(right("1010"), right("1010")) == 1
+    assert bootstrap_chance(np.zeros(500), np.ones(500)) == pytest.approx(2 / 2001)
+    assert bootstrap_chance(a, b) == bootstrap_chance(a, b), "seeded"
 
 
 def test_holm_by_hand() -> None:
