@@ -31,6 +31,7 @@ from openlineage.client.event_v2 import (
 from openlineage.client.facet_v2 import (
     DatasetFacet,
     JobFacet,
+    OutputDatasetFacet,
     RunFacet,
     dataset_version_dataset,
     documentation_dataset,
@@ -225,7 +226,7 @@ def output_dataset(store: Store, outcome: StageOutcome) -> OutputDataset:
         own = [schema_dataset.SchemaDatasetFacetFields(name=f.name, type=str(f.type)) for f in columns]
         facets["schema"] = schema_dataset.SchemaDatasetFacet(fields=own)
     namespace, name = place_of(store.location(artifact_folder(manifest.kind, manifest.key)))
-    written = {} if outcome.reused else {"outputStatistics": _statistics(manifest)}
+    written: dict[str, OutputDatasetFacet] = {} if outcome.reused else {"outputStatistics": _statistics(manifest)}
     return OutputDataset(namespace, name, outputFacets=written, facets=facets)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -51,12 +52,16 @@ def open_client() -> "OpenLineageClient | None":
     config = os.environ.get("OPENLINEAGE_CONFIG", "")
     if config and not Path(config).is_file():
         raise UserError(f"OPENLINEAGE_CONFIG={config}: there is no such file; name one, or unset it")
+    own_log = logging.getLogger("openlineage")
+    own_log.setLevel(logging.CRITICAL)  # what is wrong is said below
     try:
         client = OpenLineageClient()
     except Exception as error:  # of whatever kind: the client imports and builds what its settings name
         raise UserError(
             f"{', '.join(asked)}: no OpenLineage client can be made of these ({_first_line(error)})"
         ) from None
+    finally:
+        own_log.setLevel(logging.NOTSET)
     _set_up_logs()
     return client
 
@@ -107,8 +112,11 @@ class Sender:
     def _work(self) -> None:
         while (build := self._waiting.get()) is not None:
             if time.monotonic() >= self._quiet_until:
-                self._try(lambda build=build: self._client.emit(build()))
+                self._try(partial(self._emit, build))
         self._try(lambda: self._client.close(CLOSE_S))
+
+    def _emit(self, build: "Callable[[], RunEvent]") -> None:
+        self._client.emit(build())
 
     def _try(self, step: Callable[[], object]) -> None:
         try:

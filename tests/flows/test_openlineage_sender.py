@@ -118,7 +118,7 @@ def test_nothing_is_sent_unless_it_is_asked_for(environment: None) -> None:
 
 
 def test_a_config_file_and_a_namespace_of_ones_own_are_followed(
-    tmp_path: Path, environment: None, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, environment: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tmp_path / "openlineage.yml"
     config.write_text("transport: {type: console}\n")
@@ -126,7 +126,7 @@ def test_a_config_file_and_a_namespace_of_ones_own_are_followed(
     store = Store(str(tmp_path / "store"))
     with announced(open_client(), store, "tiny", lambda request: run_stage(request)) as do_stage:
         do_stage(request_of(store, made))
-    events = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    events = [json.loads(r.message) for r in caplog.records if r.name == "openlineage.client.transport.console"]
     assert told(events) == {"tiny.report": ONCE}
     assert {event["job"]["namespace"] for event in events} == {"team"}
 
