@@ -147,7 +147,7 @@ def plan(
 ) -> None:
     """Print what a run would do and why, without doing anything; of a selection, what each class keeps, drops, duplicates.
 
-    Example: nst plan digits select.min_confidence=0.5
+    Example: nst plan digits select.min_confidence=0.7
     """
     from flows.console import planned_selection
     from flows.plan import make_plan
