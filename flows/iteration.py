@@ -8,6 +8,8 @@ stores junk for dicts and for what may be null. An empty string stands for "not 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
@@ -23,7 +25,7 @@ from flows.next import next_run
 from flows.ui_artifacts import RunPages
 from models.launch import end_with_parent
 from storage.objects import Store
-from tasks.stage import StageOutcome, StageRequest, stage_task
+from tasks.stage import DoStage, StageOutcome, StageRequest, stage_task
 
 if TYPE_CHECKING:
     ShippedRecipe = str
@@ -95,7 +97,8 @@ def noisy_student(
     """A whole Noisy Student experiment; stages that are in the store are reused. Returns the name of the run's record."""
     choice = Rerun("" if rerun == "nothing" else rerun, None if rerun_iteration < 0 else rerun_iteration)
     run = resolve_flow(recipe, recipe_url, overrides, scale, store, choice)
-    return execute(run, prefect_stage(run)).name
+    with prefect_stage(run) as do_stage:
+        return execute(run, do_stage).name
 
 
 @flow(name="noisy-student-next", flow_run_name="{experiment} next iteration", persist_result=False)
@@ -114,7 +117,8 @@ def next_iteration(
     """
     _begin()
     run = next_run(open_store(store), experiment, overrides, str(flow_run.id or ""))
-    return execute(run, prefect_stage(run)).name
+    with prefect_stage(run) as do_stage:
+        return execute(run, do_stage).name
 
 
 def _begin() -> None:
@@ -150,10 +154,11 @@ def recipe_parameters(recipe: str) -> dict[str, str]:
     return {"recipe": recipe} if recipe in shipped_recipes() else {"recipe_url": recipe}
 
 
-def prefect_stage(run: Run) -> Any:
+@contextmanager
+def prefect_stage(run: Run) -> Iterator[DoStage]:
     """How a stage is carried out under Prefect: as a task, reporting to the display or the run's log, and to the UI."""
     display = _display[0] if _display else PlainDisplay(get_run_logger().info)
-    stage, pages = stage_task(run.experiment.compute.retries, display.note), RunPages(run)
+    stage = stage_task(run.experiment.compute.retries, display.note)
     on_log = (lambda line: None) if _display else get_run_logger().info
 
     def do_stage(request: StageRequest) -> StageOutcome:
@@ -166,4 +171,5 @@ def prefect_stage(run: Run) -> Any:
 
         return shown(request, display, work)
 
-    return do_stage
+    with closing(RunPages(run)) as pages:
+        yield do_stage

@@ -38,7 +38,8 @@ def _make_stage_flow(role: str, what: str) -> Callable[..., str]:
     ) -> str:
         name = role if role in ("prepare", "unlabeled", "report") else f"{iteration}/{role}"
         run = resolve_flow(recipe, recipe_url, overrides, scale, store, Rerun(), role)
-        return execute_one(run, name, prefect_stage(run)).manifest.key
+        with prefect_stage(run) as do_stage:
+            return execute_one(run, name, do_stage).manifest.key
 
     run_stage_flow.__name__ = role.replace("-", "_")
     run_stage_flow.__doc__ = what

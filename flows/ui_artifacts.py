@@ -8,16 +8,17 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
+from prefect.context import get_settings_context
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_UI_URL, temporary_settings
 from prefect.utilities.context import get_task_and_flow_run_ids
 
@@ -48,14 +49,54 @@ def ui_path(page: str) -> str:
     return f"{base}/v2/{page}"
 
 
+class ImpatientClient:
+    """Prefect's client with one retry, by default there are five with pauses of a minute in all. For any thread.
+
+    Making a client, and settings for it, takes 60 ms of processor time, a request 1 ms: so there is one for a run.
+    """
+
+    def __init__(self) -> None:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
+            self._settings = get_settings_context().model_copy()
+        self._client: SyncPrefectClient | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: Callable[[SyncPrefectClient], Answer]) -> Answer:
+        """A request's answer. Raises what the client raises; the next request has a new one."""
+        with self._settings.model_copy():  # a context can be entered once
+            try:
+                return request(self._opened())
+            except Exception:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Give the connections back."""
+        with self._lock:
+            if self._client is not None:
+                with suppress(Exception):  # it may be what has failed
+                    self._client.__exit__(None, None, None)
+            self._client = None
+
+    def _opened(self) -> SyncPrefectClient:
+        with self._lock:
+            if self._client is None:
+                self._client = get_client(sync_client=True, httpx_settings={"timeout": REQUEST_S}).__enter__()
+            return self._client
+
+
 class RunPages:
-    """The artifacts of one flow run. Made within it."""
+    """The artifacts of one flow run. Made within it; to be closed."""
 
     def __init__(self, run: Run) -> None:
-        self._run, self._log = run, get_run_logger()
+        self._run, self._log, self._client = run, get_run_logger(), ImpatientClient()
         self._known: dict[str, Manifest] | None = None
         self._quiet_until = 0.0
         self._shown: dict[str, UUID] = {}  # what this run shows, by key
+
+    def close(self) -> None:
+        """Give the connections to Prefect's server back."""
+        self._client.close()
 
     def watch(self, request: StageRequest, on_progress: OnProgress) -> "StageWatch":
         """What looks on while a stage's task runs; reports go on to `on_progress`."""
@@ -141,11 +182,7 @@ class RunPages:
         if self._is_quiet():
             return None
         try:
-            with (
-                temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}),  # by default 5, with pauses of a minute in all
-                get_client(sync_client=True, httpx_settings={"timeout": REQUEST_S}) as client,
-            ):
-                return request(client)
+            return self._client.ask(request)
         except Exception as error:  # whatever a server, a proxy or a network may say
             self._quiet_until = time.monotonic() + QUIET_S
             self._log.warning("Prefect's server did not take %s: %r; none is sent for %.0f s", key, error, QUIET_S)

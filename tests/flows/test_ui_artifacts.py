@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from flows.ui_artifacts import artifact_key
+from flows.ui_artifacts import ImpatientClient, artifact_key
 from flows.ui_lineage import lineage_page
 from flows.ui_pages import MOST_BYTES, Picture, RunView, fitted
 from storage.artifacts import get
@@ -178,6 +179,22 @@ def test_a_server_that_takes_no_artifact_is_a_warning_and_the_run_ends_well(serv
     assert len(server.ask("artifacts")) == before
     assert output.count("Prefect's server did not take") == 1
     assert "report: report " in output
+
+
+def test_one_client_serves_a_run_and_another_follows_a_failure(server: Server) -> None:
+    def fail(client: object) -> None:
+        raise OSError("away")
+
+    with temporary_settings({PREFECT_API_URL: server.url}):
+        client = ImpatientClient()
+    first = client.ask(lambda own: own)
+    assert client.ask(lambda own: own) is first
+    assert client.ask(lambda own: own.hello().status_code) == 200
+    assert client.ask(lambda own: PREFECT_CLIENT_MAX_RETRIES.value()) == 1
+    with pytest.raises(OSError, match="away"):
+        client.ask(fail)
+    assert client.ask(lambda own: own) is not first
+    client.close()
 
 
 def test_a_page_leaves_out_the_pictures_that_do_not_fit() -> None:
