@@ -118,15 +118,16 @@ def test_nothing_is_sent_unless_it_is_asked_for(environment: None) -> None:
 
 
 def test_a_config_file_and_a_namespace_of_ones_own_are_followed(
-    tmp_path: Path, environment: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, environment: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    logging.getLogger("openlineage.client.transport.console").handlers.clear()  # an earlier test's, and pytest's own
     config = tmp_path / "openlineage.yml"
     config.write_text("transport: {type: console}\n")
     os.environ.update(OPENLINEAGE_CONFIG=str(config), OPENLINEAGE_NAMESPACE="team")
     store = Store(str(tmp_path / "store"))
     with announced(open_client(), store, "tiny", lambda request: run_stage(request)) as do_stage:
         do_stage(request_of(store, made))
-    events = [json.loads(r.message) for r in caplog.records if r.name == "openlineage.client.transport.console"]
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert told(events) == {"tiny.report": ONCE}
     assert {event["job"]["namespace"] for event in events} == {"team"}
 
