@@ -20,7 +20,7 @@ def keep_freed_memory() -> None:
     """Have this process's malloc keep what is freed, blocks of up to 1 GB (glibc; elsewhere nothing happens).
 
     What a batch needs stays the bound. Nothing is given back from the top either: after a step, when all activations are
-    free, they may lie there in one piece, and a threshold of 1 GB cost a sixth of the speed whenever they did.
+    free, they may lie there in one piece, and would be faulted in again at the next.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
