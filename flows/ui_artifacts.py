@@ -52,7 +52,7 @@ def ui_path(page: str) -> str:
 class ImpatientClient:
     """Prefect's client with one retry, by default there are five with pauses of a minute in all. For any thread.
 
-    Making a client, and settings for it, takes 60 ms of processor time, a request 1 ms: so there is one for a run.
+    Making a client, and settings for it, takes many times the processor time of a request: so there is one for a run.
     """
 
     def __init__(self) -> None:
