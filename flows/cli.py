@@ -28,6 +28,7 @@ from flows import (
     study_commands,
 )
 from flows.driver import Rerun, Run, find_node, resolve_run
+from flows.embedded import EmbeddedApi
 from flows.experiment import DEFAULT_STORE, load_experiment
 from flows.next import next_run
 from flows.openlineage_sender import open_client
@@ -42,15 +43,16 @@ from flows.terminal import (
     errors,
 )
 from models.failures import WorkerFailed
+from models.launch import warm_up
 from storage.artifacts import find
 from storage.errors import UserError, explained
 from storage.objects import Store
-from storage.runs import read_run
+from storage.runs import latest_run, read_run
 from tasks.results import result_records
 
 
 class PrefectMode(StrEnum):
-    """Where Prefect's API is: nowhere, in this process, or on the server that PREFECT_API_URL names."""
+    """Where Prefect's API is: nowhere, beside this command, or on the server that PREFECT_API_URL names."""
 
     off = "off"
     ephemeral = "ephemeral"
@@ -61,7 +63,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name 
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. student.epochs=30.")]
 RerunOption = Annotated[str, typer.Option(help="Make a stage and all that follows anew: select, or 2/select.")]
 ScaleOption = Annotated[str, typer.Option(help="A scale that the recipe offers, e.g. smoke.")]
-PrefectOption = Annotated[PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (in this process), server.")]
+PrefectOption = Annotated[PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (beside this command), server.")]
 
 
 def demo(store: StoreOption = "demo-store", prefect: PrefectOption = PrefectMode.ephemeral) -> None:
@@ -94,10 +96,13 @@ def run(
     if prefect is PrefectMode.off:
         name = _run_plain(resolve_run(experiment, recipe, store_root, choice), display)
     else:
-        _set_up_prefect(prefect)
+        if latest_run(store_root, experiment.name) is None:  # networks will be trained: torch loads while Prefect does
+            warm_up()
+        wait_for_api = _set_up_prefect(prefect)
         from flows.iteration import noisy_student, recipe_parameters, show_on
 
         show_on(display)
+        wait_for_api()
         name = noisy_student(
             **recipe_parameters(recipe),
             overrides=overrides or [],
@@ -129,10 +134,11 @@ def next_iteration(
     if prefect is PrefectMode.off:
         name = _run_plain(run, display)
     else:
-        _set_up_prefect(prefect)
+        wait_for_api = _set_up_prefect(prefect)
         from flows import iteration
 
         iteration.show_on(display)
+        wait_for_api()
         name = iteration.next_iteration(experiment, overrides or [], store_root.url)
     _print_end_of_run(store_root, name, store)
 
@@ -204,12 +210,13 @@ def stage(
     if prefect is PrefectMode.off:
         _stage_plain(name, recipe, overrides or [], Store(store), scale)
         return
-    _set_up_prefect(prefect)
+    wait_for_api = _set_up_prefect(prefect)
     from flows.iteration import recipe_parameters, show_on
     from flows.stages import STAGE_FLOWS
 
     iteration, _, role = name.rpartition("/")
     show_on(make_display(console))
+    wait_for_api()
     STAGE_FLOWS[role](
         **recipe_parameters(recipe),
         iteration=int(iteration or 0),
@@ -253,8 +260,8 @@ def _exit_on_signal(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _set_up_prefect(mode: PrefectMode) -> None:
-    """Choose Prefect's API before Prefect is imported.
+def _set_up_prefect(mode: PrefectMode) -> Callable[[], None]:
+    """Choose Prefect's API before Prefect is imported; returns what to call before a flow: it waits for the API.
 
     Raises UserError where a server is asked for but not named, or OpenLineage events that cannot be sent.
     """
@@ -262,20 +269,17 @@ def _set_up_prefect(mode: PrefectMode) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     if mode is PrefectMode.ephemeral:
-        os.environ.pop("PREFECT_API_URL", None)
         os.environ["PREFECT_PROFILE"] = "ephemeral"  # Prefect's own, whichever profile the user has made active
-        os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
-        # 20 s by default, which a machine that has just installed everything may take to read it from disk
-        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what happened is on the display
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-        return
+        return EmbeddedApi().wait
     from prefect.settings import get_current_settings
 
     if not get_current_settings().api.url:
         raise UserError(
             "--prefect server: no server is named; set PREFECT_API_URL (start one with `prefect server start`)"
         )
+    return lambda: None
 
 
 def _run_plain(run: Run, display: Any) -> str:

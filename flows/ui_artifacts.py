@@ -8,8 +8,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -36,6 +37,7 @@ REQUEST_S = 5.0
 QUIET_S = 60.0  # after a failure nothing is sent: a server that is away shall not hold up every stage
 
 Answer = TypeVar("Answer")
+RunIds: TypeAlias = tuple[UUID | None, UUID | None]  # of a task run and its flow run
 
 
 def artifact_key(experiment: str, name: str) -> str:
@@ -86,16 +88,21 @@ class ImpatientClient:
 
 
 class RunPages:
-    """The artifacts of one flow run. Made within it; to be closed."""
+    """The artifacts of one flow run. Made within it; to be closed, which waits for the last page.
+
+    A thread draws them one after the other: the next stage does not wait for pictures of the one before.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run, self._log, self._client = run, get_run_logger(), ImpatientClient()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pages")
         self._known: dict[str, Manifest] | None = None
         self._quiet_until = 0.0
         self._shown: dict[str, UUID] = {}  # what this run shows, by key
 
     def close(self) -> None:
-        """Give the connections to Prefect's server back."""
+        """Draw what is left to draw, then give the connections to Prefect's server back."""
+        self._thread.shutdown()
         self._client.close()
 
     def watch(self, request: StageRequest, on_progress: OnProgress) -> "StageWatch":
@@ -103,38 +110,46 @@ class RunPages:
         return StageWatch(self, request, on_progress)
 
     def stage_done(self, name: str) -> None:
-        """Bring lineage and results up to date; called within the flow run, after the stage's task."""
+        """Have lineage and results brought up to date; called within the flow run, after the stage's task."""
+        self._thread.submit(self._bring_up_to_date, name, get_task_and_flow_run_ids())
+
+    def publish_page(self, name: str, outcome: StageOutcome) -> str:
+        """Have a stage's page shown, a new version where the server's newest is of another artifact. Returns its key.
+
+        Called within the stage's task.
+        """
+        self._thread.submit(self._publish_page, name, outcome, get_task_and_flow_run_ids())
+        return self.key(name)
+
+    def _bring_up_to_date(self, name: str, runs: RunIds) -> None:
         iteration = iteration_of(name)
         with self._harmless(f"the lineage of {name}"):
             view = self._view()
             if iteration is not None:
                 page = lineage_page(view, self._run.nodes, iteration)
-                self._keep_up(f"{iteration}/lineage", page, f"Iteration {iteration}: what was made from what")
+                self._keep_up(f"{iteration}/lineage", page, f"Iteration {iteration}: what was made from what", runs)
             if any(manifest.kind == "model" for manifest in view.manifests.values()):
-                self._keep_up("results", results_page(view), "Top-1 of teacher and students, counts of pseudo labels")
+                page = results_page(view)
+                self._keep_up("results", page, "Top-1 of teacher and students, counts of pseudo labels", runs)
 
-    def publish_page(self, name: str, outcome: StageOutcome) -> str:
-        """The page of a stage, a new version where the server's newest is of another artifact. Returns its key."""
+    def _publish_page(self, name: str, outcome: StageOutcome, runs: RunIds) -> None:
         key, manifest = self.key(name), outcome.manifest
         with self._harmless(f"the page of {name}"):
             description = f"{manifest.kind} {manifest.key[:12]}: {artifact_facts(manifest)}"
             self._known_artifacts()[name] = manifest
             artifact = self._find_shown(key, description) if outcome.reused else None
             if artifact is None and not self._is_quiet():
-                artifact = self.create(key, "markdown", stage_page(self._view(), name), description)
+                artifact = self.create(key, "markdown", stage_page(self._view(), name), description, runs)
             if artifact is not None:
                 self._shown[key] = artifact
-        return key
 
     def key(self, name: str) -> str:
         """Prefect's name for a page of this run."""
         return artifact_key(self._run.experiment.name, name)
 
-    def create(
-        self, key: str, kind: str, data: Any, description: str, runs: tuple[UUID | None, UUID | None] | None = None
-    ) -> UUID | None:
-        """A new artifact of the task run and flow run `runs` (None: those that this is called in); None where it fails."""
-        task_run, flow_run = runs or get_task_and_flow_run_ids()
+    def create(self, key: str, kind: str, data: Any, description: str, runs: RunIds) -> UUID | None:
+        """A new artifact of the task run and flow run `runs`; None where it fails."""
+        task_run, flow_run = runs
         wanted = ArtifactCreate(
             key=key, type=kind, description=description, data=data, task_run_id=task_run, flow_run_id=flow_run
         )
@@ -146,12 +161,12 @@ class RunPages:
         wanted = ArtifactUpdate(data=data, description=description)
         self._send(key, lambda client: client.update_artifact(artifact, wanted))
 
-    def _keep_up(self, name: str, page: str, description: str) -> None:
+    def _keep_up(self, name: str, page: str, description: str, runs: RunIds) -> None:
         """Make an artifact of this run, or replace what it shows."""
         key = self.key(name)
         if key in self._shown:
             self.update(key, self._shown[key], page, description)
-        elif (artifact := self.create(key, "markdown", page, description)) is not None:
+        elif (artifact := self.create(key, "markdown", page, description, runs)) is not None:
             self._shown[key] = artifact
 
     def _find_shown(self, key: str, description: str) -> UUID | None:
@@ -206,7 +221,7 @@ class StageWatch:
     def __init__(self, pages: RunPages, request: StageRequest, on_progress: OnProgress) -> None:
         self._pages, self._name, self._on_progress = pages, request.record.name, on_progress
         self._pace, self._line, self._percent = Pace(), "", 0.0
-        self._runs: tuple[UUID | None, UUID | None] = (None, None)
+        self._runs: RunIds = (None, None)
         self._artifact: UUID | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
