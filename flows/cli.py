@@ -63,7 +63,9 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name 
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. student.epochs=30.")]
 RerunOption = Annotated[str, typer.Option(help="Make a stage and all that follows anew: select, or 2/select.")]
 ScaleOption = Annotated[str, typer.Option(help="A scale that the recipe offers, e.g. smoke.")]
-PrefectOption = Annotated[PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (beside this command), server.")]
+PrefectOption = Annotated[
+    PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (beside this command), server.")
+]
 
 
 def demo(store: StoreOption = "demo-store", prefect: PrefectOption = PrefectMode.ephemeral) -> None:
