@@ -5,6 +5,7 @@ over HTTP, so nothing here loads Prefect. A server or worker that ends by itself
 database) and their logs lie in a folder of their own.
 """
 
+import base64
 import fcntl
 import json
 import os
@@ -39,6 +40,7 @@ BUSY_S = 10.0  # SQLite under a burst of requests
 LOG_LINES = 30
 MOST_RESTARTS, RESTARTS_WITHIN_S = 5, 600.0  # of server and worker together; then something is wrong for good
 DEPLOYMENTS_PAGE = "v2/deployments?limit=50"  # all of them; the page begins with ten, without the whole experiment's
+SERVER_PASSWORD, CLIENT_PASSWORD = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
 AT_WORK = ("PENDING", "RUNNING", "CANCELLING")
 
 
@@ -246,6 +248,8 @@ class LocalPrefect:
         """
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
+        if password := self._environment.get(SERVER_PASSWORD):
+            headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
         request = urllib.request.Request(f"{self.url}/api/{path}", data, headers, method=method)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + BUSY_S
@@ -264,9 +268,11 @@ def _environment(url: str, folder: Path, store: str) -> dict[str, str]:
     """What the server, the worker and, through it, the runs find: the user's environment and where things are."""
     inherited = {name: value for name, value in os.environ.items() if name != "PREFECT_PROFILE"}
     direct = ",".join(filter(None, [inherited.get("NO_PROXY") or inherited.get("no_proxy"), HOST]))
+    password = {CLIENT_PASSWORD: inherited[SERVER_PASSWORD]} if inherited.get(SERVER_PASSWORD) else {}
     return {
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default: long for somebody who has just clicked
         **inherited,
+        **password,
         "PREFECT_HOME": str(folder),
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_UI_URL": f"{url}/v2",  # what runs say of themselves leads to the same UI as our pages' links

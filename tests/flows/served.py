@@ -1,5 +1,6 @@
 """A real `nst serve` for tests: its API, its runs, its processes."""
 
+import base64
 import json
 import signal
 import socket
@@ -30,15 +31,16 @@ def free_port() -> int:
 class Served:
     """A `nst serve` on a store, and its API."""
 
-    def __init__(self, store: Path, state: Path) -> None:
-        self.store, self.state, self.port = store, state, free_port()
+    def __init__(self, store: Path, state: Path, password: str = "") -> None:
+        self.store, self.state, self.port, self._password = store, state, free_port(), password
         self.process: subprocess.Popen[str] | None = None
         self.said = ""  # up to being ready
 
     def begin(self, *before: str) -> "subprocess.Popen[str]":
         """Start it, `before` being a command that runs it."""
         options = ["--port", str(self.port), "--store", str(self.store), "--state", str(self.state)]
-        self.process = start([*before, sys.executable, "-m", "flows.cli", "serve", *options])
+        own = {"PREFECT_SERVER_API_AUTH_STRING": self._password} if self._password else {}
+        self.process = start([*before, sys.executable, "-m", "flows.cli", "serve", *options], **own)
         return self.process
 
     def start(self) -> None:
@@ -55,9 +57,10 @@ class Served:
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """A request to the API: GET, or POST where it has a body."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/api/{path}", data, {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        if self._password:
+            headers["Authorization"] = f"Basic {base64.b64encode(self._password.encode()).decode()}"
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", data, headers)
         for _ in range(20):
             try:
                 with urllib.request.urlopen(request, timeout=20) as answer:
@@ -149,9 +152,9 @@ class Served:
 
 
 @contextmanager
-def serving_store(store: Path, state: Path) -> Iterator[Served]:
+def serving_store(store: Path, state: Path, password: str = "") -> Iterator[Served]:
     """Started on a store, and killed at the end where it still runs: all that it started ends with it."""
-    found = Served(store, state)
+    found = Served(store, state, password)
     try:
         found.start()
         yield found

@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,20 @@ def test_every_flow_is_ready_to_click_and_ctrl_c_leaves_no_process(served: Serve
     with sqlite3.connect(served.state / "prefect.db") as database:
         (state,) = database.execute("SELECT state_name FROM flow_run WHERE id = ?", [run]).fetchone()
     assert state == "Cancelled"
+
+
+@pytest.mark.soak
+def test_with_a_password_it_works_and_nobody_else_reaches_its_api(finished_copy: Path, tmp_path: Path) -> None:
+    with serving_store(finished_copy, tmp_path / "state", "nst:secret") as served:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{served.port}/api/work_pools/default", timeout=20)
+        assert refused.value.code == 401
+        run = served.click("noisy-student", recipe="digits", overrides=list(TINY))
+        served.wait(run, "Completed")
+        assert set(served.tasks(run).values()) == {"Reused"}
+        assert served.call("artifacts/filter", {}), "its pages reach the server too"
+        code, said = served.end(signal.SIGINT)
+        assert (code, served.left()) == (0, []), said
 
 
 @pytest.mark.soak
