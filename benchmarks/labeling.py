@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,10 @@ MOST_MB = {"cpu": 1500, "cuda": 5000}[DEVICE]  # a process; with CUDA's librarie
 MOST_BEND = 1.15  # seconds an image of all images over those of half of them, compiling left out
 
 
-def write_data_set(store: Store, photos: list[bytes], count: int, name: str) -> Manifest:
-    """A data set whose unlabeled split holds the photographs again and again, in shards of 500."""
+def write_data_set(
+    store: Store, photos: list[bytes], count: int, name: str, split: str = "unlabeled", labels: Sequence[int] = (-1,)
+) -> Manifest:
+    """A data set whose split holds the photographs, and their labels, again and again, in shards of 500."""
     files: list[FileEntry] = []
     folder = artifact_folder("dataset", name)
     sizes = [Image.open(io.BytesIO(data)).size for data in photos]
@@ -71,12 +73,13 @@ def write_data_set(store: Store, photos: list[bytes], count: int, name: str) -> 
             rows = []
             for number, place in zip(numbers, places, strict=True):
                 width, height = sizes[number % len(photos)]
-                facts = {"key": f"{number:08d}", "label": -1, "width": width, "height": height, "source": "photos"}
+                label = labels[number % len(labels)]
+                facts = {"key": f"{number:08d}", "label": label, "width": width, "height": height, "source": "photos"}
                 sha256 = hashlib.sha256(photos[number % len(photos)]).hexdigest()
                 rows.append({**facts, "offset": place["jpg"][0], "bytes": place["jpg"][1], "sha256": sha256})
             write_parquet(staging / "index.parquet", pa.Table.from_pylist(rows, INDEX_SCHEMA))
             for kind, local in (("shards", "shard.tar"), ("index", "index.parquet")):
-                logical = f"{kind}/unlabeled/{shard:05d}{Path(local).suffix}"
+                logical = f"{kind}/{split}/{shard:05d}{Path(local).suffix}"
                 files.append(publish_file(store, folder, logical, staging / local, len(rows)))
     return _commit(store, "dataset", name, files)
 
