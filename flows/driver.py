@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flows.experiment import Experiment
 from flows.graph import ROLES, STAGES, Node, build_graph, made_from, resolve_keys
 from flows.openlineage_sender import announced, open_client
-from models.compute import LocalEngine
+from models.compute import open_engine
 from models.launch import warm_up
 from models.numerics import package_versions
 from models.pretrained import locate
@@ -139,7 +139,10 @@ def execute(run: Run, do_stage: DoStage, only: Collection[str] | None = None) ->
     with at_work(run.store, run.experiment.name):
         record = record_run(run.store, run.draft_record())
         records = [run.records[node.name] for node in nodes]
-        if any(find(run.store, r.kind, r.key) is None for r in records if r.kind in NEED_TORCH):
+        missing = {r.kind for r in records if find(run.store, r.kind, r.key) is None}
+        if missing:
+            open_engine(run.experiment.compute).check(run.store.url)
+        if missing & set(NEED_TORCH) and run.experiment.compute.engine == "local":
             warm_up()
         with announced(client, run.store, run.experiment.name, do_stage, record.name) as do_announced:
             for node in nodes:
@@ -229,7 +232,7 @@ def _count_parameters(run: Run, num_classes: int) -> dict[str, int]:
     key = digest(spec)
     known = find_part(run.store, "inspect", key, versions)
     if known is None:
-        engine = LocalEngine(run.experiment.compute)
+        engine = open_engine(run.experiment.compute)
         (facts,) = engine.map("models.zoo:inspect_models", [spec], lambda progress: None)
         known = publish_part(run.store, "inspect", key, versions, {}, facts)
     counts: dict[str, int] = known.facts["num_parameters"]

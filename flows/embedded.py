@@ -6,7 +6,6 @@ it has loaded the server's code into the calling process as well: two seconds, a
 
 import atexit
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from models.failures import WorkerFailed
-from models.launch import Service, start_service, stop_process
+from models.launch import Service, free_port, start_service, stop_process
 
 HOST = "127.0.0.1"
 START_S = 180.0  # a machine that has just installed everything reads it from disk first
@@ -60,9 +59,7 @@ class EmbeddedApi:
 
     def _start(self) -> Service:
         self._tried += 1
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port = probe.getsockname()[1]
+        port = free_port(HOST)
         self._url = f"http://{HOST}:{port}/api"
         os.environ["PREFECT_API_URL"] = self._url
         own = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from models.launch import Record, run_worker
+from storage.errors import UserError
 from storage.keys import Config
 
 MOST_LOADERS = 16  # a rank
@@ -24,7 +25,11 @@ OnProgress = Callable[[dict[str, Any]], None]
 class ComputeConfig(Config):
     """Where and how fast the work runs. Nothing here enters a key: results do not depend on it."""
 
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "ray"] = Field("local", description="ray: an existing Ray cluster (extra `ray`)")
+    ray_address: str = Field(
+        "auto",
+        description="of the cluster with engine=ray: host:port, ray://host:10001; auto: this machine's, or RAY_ADDRESS",
+    )
     processes: int = Field(0, ge=0, description="worker processes of map; 0: one a core, or one a GPU for inference")
     ranks: int = Field(1, ge=1, description="DDP processes of a training; must divide train.replicas")
     threads: int = Field(0, ge=0, description="torch threads of each DDP rank; 0: cores / ranks")
@@ -78,12 +83,15 @@ class ComputeConfig(Config):
 
 
 class Engine(Protocol):
-    """The two calls that every engine offers."""
+    """The calls that every engine offers."""
 
     @property
     def processes(self) -> int:
         """How many pieces of work `map` does at once."""
         ...
+
+    def check(self, store: str) -> None:
+        """Raise UserError where the work has no place to run, or that cannot reach the store; before anything starts."""
 
     def map(self, function: str, specs: Sequence[Spec], on_progress: OnProgress) -> list[dict[str, Any]]:
         """Run `function` on each spec, in any order and in parallel; results in the order of the specs."""
@@ -101,9 +109,12 @@ class LocalEngine:
         self._config = config
         self._on_log = on_log
 
+    def check(self, store: str) -> None:
+        """This machine is there."""
+
     def map(self, function: str, specs: Sequence[Spec], on_progress: OnProgress) -> list[dict[str, Any]]:
         """One child a spec, `compute.processes` at a time, each with one thread (threads change bits)."""
-        totals = _Totals(len(specs), on_progress)
+        totals = Totals(len(specs), on_progress)
         stop = threading.Event()
 
         def run(number: int) -> dict[str, Any]:
@@ -126,7 +137,7 @@ class LocalEngine:
     def gang(self, function: str, spec: Spec, world: int, on_progress: OnProgress) -> dict[str, Any]:
         """`world` ranks of this machine; one rank runs without an agent."""
         threads = self._config.threads or max(1, num_cores() // world)
-        totals = _Totals(1, on_progress)
+        totals = Totals(1, on_progress)
         return run_worker(
             function, spec, world=world, threads=threads, on_record=totals.listener(0), on_log=self._on_log
         )
@@ -135,6 +146,17 @@ class LocalEngine:
     def processes(self) -> int:
         """How many children `map` runs at once."""
         return self._config.processes or num_cores()
+
+
+def open_engine(config: ComputeConfig, on_log: Callable[[str], None] = lambda line: None) -> Engine:
+    """The engine that a config asks for. Raises UserError where Ray is asked for and is not there."""
+    if config.engine == "local":
+        return LocalEngine(config, on_log)
+    try:
+        from models.ray_engine import RayEngine
+    except ImportError as error:
+        raise UserError(f"compute.engine=ray needs the extra `ray` ({error}): pip install '.[ray]'") from error
+    return RayEngine(config, on_log)
 
 
 def group_shards(
@@ -171,15 +193,18 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Totals:
+class Totals:
     """Adds up the progress of several children."""
 
     def __init__(self, num: int, on_progress: OnProgress) -> None:
+        self.size = num
         self._latest: list[dict[str, Any]] = [{} for _ in range(num)]
         self._on_progress = on_progress
         self._lock = threading.Lock()
 
     def listener(self, number: int) -> Callable[[Record], None]:
+        """What takes the records of one child."""
+
         def listen(record: Record) -> None:
             progress = record.get("progress")
             if progress is None:

@@ -19,13 +19,20 @@ class WorkerLost(WorkerFailed):
 
 
 def failure_of(
-    function: str, world: int, records: Sequence[dict[str, Any]], code: int, place: str, last_lines: Sequence[str]
+    function: str,
+    world: int,
+    records: Sequence[dict[str, Any]],
+    code: int,
+    place: str,
+    last_lines: Sequence[str],
+    own: int = 0,
 ) -> UserError | WorkerFailed | None:
     """The error of a child that ended with `code`, negative for a signal; None where it left a result.
 
-    `records` are the results and errors that it and its ranks reported, `place` is what it was at, `last_lines` its log.
+    `records` are the results and errors that it and its ranks reported, `place` is what it was at, `last_lines` its log, `own` its
+    rank where it is one of a gang.
     """
-    lost = _killed(records, code)
+    lost = _killed(records, code, own)
     if lost is not None:
         rank, number = lost
         where = f"rank {rank} of {world}{_at(place)}"
@@ -46,12 +53,12 @@ def failure_of(
     return WorkerFailed(f"{function} {how}{_at(place)}; its last lines:\n" + "\n".join(last_lines))
 
 
-def _killed(records: Sequence[dict[str, Any]], code: int) -> tuple[int, int] | None:
+def _killed(records: Sequence[dict[str, Any]], code: int, own: int) -> tuple[int, int] | None:
     """The rank that a signal ended, and which; the others fail because of it, so it comes before their errors."""
     for record in records:
         if "killed" in record:
             return record["killed"]["rank"], record["killed"]["signal"]
-    return (0, -code) if code < 0 and code != -signal.SIGTERM else None
+    return (own, -code) if code < 0 and code != -signal.SIGTERM else None
 
 
 def _name(number: int) -> str:

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import util
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -44,52 +45,78 @@ Service: TypeAlias = "subprocess.Popen[str]"
 Child: TypeAlias = "Service | WarmChild"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which rank a child is of a gang that several machines form, and where its ranks meet: an address of rank 0's machine."""
+
+    rank: int
+    world: int
+    address: str
+    port: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What torch.distributed reads; each rank is alone with the devices that it sees."""
+        found = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        return {**{name: str(value) for name, value in found.items()}, **self.meeting_point}
+
+    @property
+    def meeting_point(self) -> dict[str, str]:
+        """torch's names of address and port."""
+        return {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
+
+
 def run_worker(
     function: str,
     spec: dict[str, Any],
     *,
     world: int = 1,
     threads: int = 1,
+    place: Place | None = None,
     on_record: Callable[[Record], None] = lambda record: None,
     on_log: Callable[[str], None] = lambda line: None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Run `function` ("module:name") on a JSON spec in `world` child processes and return rank 0's result.
 
-    Blocks until all processes are gone, on an exception too; `stop` ends them from another thread. Raises UserError
+    Blocks until all processes are gone, on an exception too; `stop` ends them from another thread. With `place` the child is
+    one rank of a gang whose other ranks are started elsewhere; all but rank 0 return {}. Raises UserError
     where the child found bad input, StoreAway where its store did not answer, WorkerLost where a process of it was
     killed, WorkerFailed for every other failure.
     """
     with tempfile.TemporaryDirectory(prefix="nst-") as folder:
         path = Path(folder) / "spec.json"
-        path.write_text(json.dumps({"function": function, "spec": spec, "world": world, "threads": threads}))
-        child = _start(function, path, world, threads)
+        ranks = place.world if place else world
+        path.write_text(json.dumps({"function": function, "spec": spec, "world": ranks, "threads": threads}))
+        child = _start(function, path, world, threads, place)
         finished = threading.Event()
         if stop is not None:
             threading.Thread(target=_stop_on, args=(child, stop, finished), daemon=True).start()
         try:
-            records, last_lines, place = _listen(child, on_record, on_log)
+            records, last_lines, at = _listen(child, on_record, on_log)
             code = child.wait()
         finally:
             finished.set()
             stop_process(child)
-    error = failure_of(function, world, records, code, place, last_lines)
+    if place and place.rank and code == 0:
+        return {}
+    error = failure_of(function, ranks, records, code, at, last_lines, place.rank if place else 0)
     if error is not None:
         raise error
     result: dict[str, Any] = next(record["result"] for record in records if "result" in record)
     return result
 
 
-def _start(function: str, spec: Path, world: int, threads: int) -> Child:
+def _start(function: str, spec: Path, world: int, threads: int, place: Place | None) -> Child:
     """A child on its way: forked by the warm parent where it needs torch and is alone, else a process of its own."""
-    if world == 1 and function.startswith("models.") and sys.platform == "linux":
+    if world == 1 and place is None and function.startswith("models.") and sys.platform == "linux":
         return WarmParent.of_this_process().start(spec)
     return subprocess.Popen(
         [sys.executable, "-m", "models.worker", str(spec)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=child_environment(threads),
+        env=child_environment(threads, place),
         text=True,
         errors="replace",
     )
@@ -216,8 +243,8 @@ def warm_up() -> None:
         WarmParent.of_this_process()
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a child: pinned threads, local rendezvous, no import from the working directory."""
+def child_environment(threads: int, place: Place | None = None) -> dict[str, str]:
+    """The environment of a child: pinned threads, where ranks meet, no import from the working directory."""
     environment = dict(os.environ)
     pinned = str(threads)
     environment.update(
@@ -228,7 +255,10 @@ def child_environment(threads: int) -> dict[str, str]:
         NST_PARENT=str(os.getpid()),
     )
     environment[ANSWERED] = "1"  # a child waits longer for a store that is away: its parent has spoken to it
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if place is None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        environment.update(place.environment)
     ask_for_huge_pages(environment)
     return _finding_this_code(environment)
 
@@ -278,6 +308,13 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1:
             raise SystemExit("the parent of this process has ended, and so does this")
+
+
+def free_port(host: str) -> int:
+    """A port of `host` (empty: of any address) that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def adopt_orphans() -> None:

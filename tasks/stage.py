@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from models.compute import ComputeConfig, LocalEngine
+from models.compute import ComputeConfig, open_engine
 from models.failures import WorkerFailed, WorkerLost
 from models.launch import code_state
 from models.numerics import package_versions, resolve_device
@@ -84,7 +84,7 @@ def _reuse_or_make(request: StageRequest, on_progress: OnProgress, on_log: Calla
     if existing is not None:
         return StageOutcome(existing, reused=True)
     inputs = {role: get(store, kind, record.inputs[role]) for role, kind in request.input_kinds.items()}
-    engine = LocalEngine(request.compute, on_log)
+    engine = open_engine(request.compute, on_log)
     source = record.inputs.get(SOURCE_ROLE, "")
     context = StageContext(store, record.key, engine, request.compute, on_progress, record.name, source)
     started = time.perf_counter()

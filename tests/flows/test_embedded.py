@@ -90,18 +90,10 @@ def test_another_port_is_taken_where_the_first_is_used(tmp_path: Path) -> None:
 import socket
 from flows import embedded
 
-class Taken(socket.socket):
-    used = []
-
-    def getsockname(self):
-        name = super().getsockname()
-        if not Taken.used:
-            listening = socket.create_server((embedded.HOST, 0))
-            Taken.used.append(listening)
-            return listening.getsockname()
-        return name
-
-embedded.socket.socket = Taken
+listening = socket.create_server((embedded.HOST, 0))
+ports = [listening.getsockname()[1]]
+free_port = embedded.free_port
+embedded.free_port = lambda host: ports.pop() if ports else free_port(host)
 """
     code = HOLDS_ONE.format(then="")
     done = subprocess.run(

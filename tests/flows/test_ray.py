@@ -1,0 +1,86 @@
+"""The pipeline on a real Ray cluster of two nodes that share nothing but the bucket; a node that is killed."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.objects import Store
+from storage.verify import verify_all
+from tests.flows.runs import command, contents, run, start
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+PARTS = "parts/predict"
+
+
+class TwoNodes:
+    """A head node of one core, on which drivers run, and another of one core; each has a cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._folder = folder
+        head = {"num_cpus": 1, "include_dashboard": False, "env_vars": self._own("head")}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.other = self.cluster.add_node(num_cpus=1, env_vars=self._own("other"))
+        self.settings = ("compute.engine=ray", f"compute.ray_address={self.cluster.address}")
+
+    def kill_other(self) -> None:
+        """End the second node as a machine ends that loses its power."""
+        self.cluster.remove_node(self.other, allow_graceful=False)
+
+    def _own(self, name: str) -> dict[str, str]:
+        return {"NST_CACHE_DIR": str(self._folder / name)}
+
+
+@pytest.fixture
+def nodes(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+    """Started with the bucket's address and credentials in its environment."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    found = TwoNodes(tmp_path)
+    yield found
+    found.cluster.shutdown()
+
+
+def refused(store: str, *overrides: str) -> str:
+    """The last line of a run that ends as a mistake of the user's."""
+    child = start(command(store, *overrides))
+    output = child.communicate(timeout=100)[0]
+    assert child.returncode == 2, output
+    return output.strip().splitlines()[-1]
+
+
+def test_a_run_on_two_nodes_ends_with_the_artifacts_of_one_on_this_machine(
+    s3: str, nodes: TwoNodes, tmp_path: Path
+) -> None:
+    """Pieces on both nodes, and a training with a rank on each; a cluster that is too small or away is said at once."""
+    nowhere = refused(s3, "compute.engine=ray", "compute.ray_address=127.0.0.1:9")
+    assert "no Ray cluster at compute.ray_address=127.0.0.1:9" in nowhere
+    small = refused(s3, *nodes.settings, "train.replicas=4", "compute.ranks=4")
+    assert "compute.ranks=4 needs 4 CPUs of the Ray cluster, which has 2" in small
+    assert Store(s3).paths("artifacts") == []
+
+    replicas = "train.replicas=2"
+    run(command(s3, *nodes.settings, replicas, "compute.ranks=2"))
+    run(command(tmp_path / "alone", replicas))
+    assert contents(s3) == contents(tmp_path / "alone")
+    assert verify_all(Store(s3)).problems == []
+    caches = [sum(1 for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("head", "other")]
+    assert min(caches) > 0, "both nodes read from the bucket"
+
+
+def test_the_work_of_a_node_that_is_killed_while_it_labels_moves_to_the_other(
+    s3: str, nodes: TwoNodes, finished: Path
+) -> None:
+    store, line = Store(s3), command(s3, *nodes.settings, "compute.task_images=1", "compute.shards_per_task=1")
+    child = start(line)
+    deadline = time.monotonic() + 300
+    while not store.paths(PARTS):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    nodes.kill_other()
+    output = child.communicate(timeout=400)[0]
+    assert child.returncode == 0, output
+    assert contents(s3) == contents(finished)
