@@ -23,7 +23,7 @@ from flows.driver import Rerun, Run, execute, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment, shipped_recipes
 from flows.next import next_run
 from flows.ui_artifacts import RunPages
-from models.launch import end_with_parent
+from models.process_tree import end_with_parent
 from storage.objects import Store
 from tasks.stage import DoStage, StageOutcome, StageRequest, stage_task
 

@@ -26,7 +26,8 @@ import typer
 from flows.experiment import DEFAULT_STORE
 from flows.terminal import StoreOption, console
 from models.failures import WorkerFailed
-from models.launch import ENDS_WITH_PARENT, Service, adopt_orphans, end_children, start_service, stop_process
+from models.launch import Service, start_service, stop_process
+from models.process_tree import ENDS_WITH_PARENT, adopt_orphans, end_children
 from storage.errors import UserError
 from storage.objects import Store
 

@@ -36,8 +36,7 @@ RECORD_PREFIX = "@nst "
 GRACE_S = 25.0  # Prefect kills a cancelled flow after 30 s
 CLOSE_S = 1.0
 LAST_LINES = 30
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-ENDS_WITH_PARENT = "NST_ENDS_WITH_PARENT"
+PR_SET_PDEATHSIG = 1
 SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 
 Record = dict[str, Any]
@@ -260,10 +259,10 @@ def child_environment(threads: int, place: Place | None = None) -> dict[str, str
     else:
         environment.update(place.environment)
     ask_for_huge_pages(environment)
-    return _finding_this_code(environment)
+    return finding_this_code(environment)
 
 
-def _finding_this_code(environment: Mapping[str, str]) -> dict[str, str]:
+def finding_this_code(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment in which Python imports this checkout's packages, from any working directory."""
     root = str(Path(__file__).resolve().parent.parent)
     inherited = environment.get("PYTHONPATH", "")
@@ -291,7 +290,7 @@ def start_service(line: Sequence[str], environment: Mapping[str, str], folder: P
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_finding_this_code(environment),
+            env=finding_this_code(environment),
             cwd=folder,
             text=True,
             start_new_session=True,
@@ -299,50 +298,11 @@ def start_service(line: Sequence[str], environment: Mapping[str, str], folder: P
         )
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, where `ENDS_WITH_PARENT` is in the environment (Linux).
-
-    Raises SystemExit where it has ended already.
-    """
-    if os.environ.get(ENDS_WITH_PARENT) and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            raise SystemExit("the parent of this process has ended, and so does this")
-
-
 def free_port(host: str) -> int:
     """A port of `host` (empty: of any address) that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def adopt_orphans() -> None:
-    """Have what this process's children leave behind become its own children, for `end_children` to find (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def end_children(spare: Sequence[int] = ()) -> None:
-    """Kill every child of this process, and theirs where `adopt_orphans` was called; returns when they are gone.
-
-    Those whose process ids are in `spare` are left alone, with what they have started.
-    """
-    while children := [pid for pid in _children_of(os.getpid()) if pid not in spare]:
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-
-
-def _children_of(parent: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-    return found
 
 
 def make_room_for_sockets() -> None:
