@@ -2,7 +2,7 @@
 
 nst demo                                a whole experiment on real digits, minutes on a CPU
 nst plan digits student.epochs=40       what would run, and why
-nst run deployments/recipes/cifar10.yaml data.root=../shared/data --scale smoke
+nst run birds.yaml --scale smoke            an experiment of your own, small
 nst serve                               Prefect's server, a worker and all deployments on this machine
 """
 
@@ -59,7 +59,7 @@ class PrefectMode(StrEnum):
     server = "server"
 
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (digits, cifar10).")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one, such as digits.")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. student.epochs=30.")]
 RerunOption = Annotated[str, typer.Option(help="Make a stage and all that follows anew: select, or 2/select.")]
 ScaleOption = Annotated[str, typer.Option(help="A scale that the recipe offers, e.g. smoke.")]
@@ -86,7 +86,7 @@ def run(
 ) -> None:
     """Run an experiment; what is in the store already is reused.
 
-    Example: nst run cifar10 data.root=../shared/data --scale smoke
+    Example: nst run birds.yaml student.epochs=100 --store s3://team/nst
     """
     from flows.console import make_display
 
@@ -175,6 +175,8 @@ def plan(
     for row in rows:
         if row.selection is not None:
             console.print(planned_selection(row.name, row.selection), highlight=False)
+        if row.problem is not None:
+            console.print(f"{row.name} [red]will fail[/]: {escape(row.problem)}", highlight=False, soft_wrap=True)
     num_running = sum(row.status != "reused" for row in rows)
     console.print(
         f"{num_running} of {len(rows)} stages would run, {len(rows) - num_running} are reused", highlight=False
@@ -325,6 +327,11 @@ def _print_results(store: Store, run_name: str, as_json: bool) -> None:
         return
     from flows.console import results_table
 
+    if not records:
+        console.print(
+            f"{record.name}: no model is evaluated yet; `nst plan` with its recipe says what is left", highlight=False
+        )
+        return
     console.print(results_table(records, f"{record.name}: top-1 on the test set"))
 
 

@@ -163,10 +163,15 @@ def execute_one(run: Run, name: str, do_stage: DoStage) -> StageOutcome:
         return execute_node(run, node, do_announced)
 
 
+def input_kinds(run: Run, node: Node) -> dict[str, str]:
+    """The kind of artifact of each input of a stage, by role."""
+    by_name = {other.name: other for other in run.nodes}
+    return {role: STAGES[by_name[name].stage].kind for role, name in node.inputs.items()}
+
+
 def execute_node(run: Run, node: Node, do_stage: DoStage) -> StageOutcome:
     """Do one stage whose inputs are there. Raises UserError naming the stages to run first where they are not."""
-    by_name = {other.name: other for other in run.nodes}
-    kinds = {role: STAGES[by_name[name].stage].kind for role, name in node.inputs.items()}
+    kinds = input_kinds(run, node)
     missing = missing_inputs(run.store, run.records[node.name], kinds)
     if missing:
         first = ", ".join(node.inputs[role] for role in missing)

@@ -135,7 +135,7 @@ def _data(
         found = find(store, target.kind, target.key)
         if found is None or found.kind != "dataset":
             raise UserError(
-                f"--data {data} is no data set but a {target.kind}; give a ref such as digits/prepare, or a folder"
+                f"--data {data} is no data set but of kind {target.kind}; give a ref such as digits/prepare, or a folder"
             )
         return found
     config = _testset(network, data)

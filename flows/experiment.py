@@ -7,6 +7,7 @@ each entry of `iterations` adds to `student`. Iterations count from 1, as in ref
 """
 
 import copy
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +158,11 @@ def find_recipe(recipe: str) -> Path:
     for candidate in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if candidate.is_file():
             return candidate
-    raise UserError(f"recipe {recipe!r} is no file and no shipped recipe; shipped: {', '.join(shipped_recipes())}")
+    folder, name = Path(recipe).parent.absolute(), Path(recipe).name
+    beside = [path.name for path in (*folder.glob("*.yaml"), *folder.glob("*.yml"))]
+    near = difflib.get_close_matches(name, [*beside, *shipped_recipes()], n=1)
+    hint = f" -> did you mean {near[0]}?" if near else f"; shipped: {', '.join(shipped_recipes())}"
+    raise UserError(f"recipe {recipe!r} is no file in {folder} and no shipped recipe{hint}")
 
 
 def resolve(raw: dict[str, Any], where: str) -> Experiment:

@@ -17,7 +17,7 @@ from tasks.inspection.biography import Biography, biography
 from tasks.inspection.compare_labels import LabelDiff, diff_labels
 from tasks.inspection.explain_class import ClassStory, explain_class, picture_of
 
-FEW = 15  # rows of a long table that are printed
+FEW = 16  # rows of a long table that are printed
 COUNTS = ("available", "kept", "dropped", "duplicated", "copies")
 
 
@@ -61,7 +61,7 @@ def diff(
 
 
 def explain(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A selection's ref, such as digits/1/select.")],
+    dataset: Annotated[str, typer.Argument(metavar="SELECTION", help="A selection's ref, such as digits/1/select.")],
     class_name: Annotated[str, typer.Option("--class", help="A class by name or number.")],
     picture: Annotated[Path | None, typer.Option(help="Write the images as one PNG to this file.")] = None,
     images: Annotated[int, typer.Option(min=1, max=200, help="Images of each kind.")] = 16,
@@ -75,7 +75,7 @@ def explain(
     opened = Store(store)
     selection = artifact_of(opened, dataset)
     if selection.kind != "selection":
-        raise UserError(f"{dataset} is no selection but a {selection.kind}; give a ref such as digits/1/select")
+        raise UserError(f"{dataset} is no selection but of kind {selection.kind}; give a ref such as digits/1/select")
     if picture is not None:
         check_target(picture)
     labels = get(opened, "labels", selection.inputs["labels"])

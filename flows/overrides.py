@@ -131,7 +131,10 @@ def _suggest(dotted: str, root: type[BaseModel]) -> str:
     parent, _, leaf = dotted.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)]
-    near += [name for name in known if name.rpartition(".")[2] == leaf]  # right name, wrong section
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]  # right name, wrong section
+    near += sorted(
+        elsewhere, key=lambda name: name.count(".")
+    )  # the section that most likely was meant: the least deep
     if near:
         return f" -> did you mean {near[0]}?"
     return f"; fields there: {', '.join(siblings)}" if siblings else ""

@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.driver import Run
+from flows.driver import Run, input_kinds
 from flows.graph import STAGES, Node
+from models.configs import TrainConfig
 from models.launch import code_state
 from storage.artifacts import SOURCE_ROLE, Manifest, find
 from storage.cache import node_cache
@@ -15,6 +16,8 @@ from storage.runs import NodeRecord, RunRecord, latest_run
 from tasks.selection.config import SelectConfig
 from tasks.selection.rules import count_classes
 from tasks.selection.scan import Predictions
+from tasks.stage import missing_inputs
+from tasks.train import check_batches
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class PlannedSelection:
 class PlanRow:
     """One stage: its key, whether it is there (`reused`) or `will run`, and why.
 
-    A selection that will run has its counts, where the labels that it selects from are there.
+    A selection that will run has its counts, where the labels that it selects from are there. `problem`: what will end a
+    training, as far as the data that is there can tell.
     """
 
     name: str
@@ -37,9 +41,10 @@ class PlanRow:
     status: str
     reasons: tuple[str, ...]
     selection: PlannedSelection | None = None
+    problem: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The row as plain JSON values; without `selection` where it has none."""
+        """The row as plain JSON values; without `selection` and `problem` where it has none."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -58,7 +63,8 @@ def make_plan(run: Run) -> list[PlanRow]:
             rows.append(PlanRow(node.name, record.key, "reused", _notes(manifest)))
             continue
         reasons = _reasons(run, node, record, before, previous, changed)
-        rows.append(PlanRow(node.name, record.key, "will run", reasons, _planned_selection(run, node)))
+        selection, problem = _planned_selection(run, node), _training_problem(run, node)
+        rows.append(PlanRow(node.name, record.key, "will run", reasons, selection, problem))
     return rows
 
 
@@ -78,6 +84,17 @@ def _planned_selection(run: Run, node: Node) -> PlannedSelection | None:
     return PlannedSelection(tuple(counts.table(predictions.class_names).to_pylist()))
 
 
+def _training_problem(run: Run, node: Node) -> str | None:
+    """What is wrong with a training, where the data set that it learns from is there."""
+    data = find(run.store, "dataset", run.records["prepare"].key) if isinstance(node.config, TrainConfig) else None
+    try:
+        if data is not None:
+            check_batches(node.config, node.section, data)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _notes(manifest: Manifest) -> tuple[str, ...]:
     """What to know of an artifact that is reused: that other code made it."""
     made_by, now = manifest.provenance.get("code", {}), code_state()
@@ -93,7 +110,8 @@ def _reasons(
     if before is None or previous is None:
         return ("never run before",)
     if before.key == record.key:
-        return ("was not finished",)
+        absent = missing_inputs(run.store, record, input_kinds(run, node))
+        return (f"waits for {', '.join(node.inputs[role] for role in absent)}" if absent else "was not finished",)
     reasons = _config_changes(node, before)
     if before.version != record.version:
         reasons.append(f"stage {record.stage} changed: version {before.version} -> {record.version}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -16,13 +17,16 @@ from flows.terminal import EXIT_FAILED, JsonOption, StoreOption, artifact_of, co
 from storage.artifacts import find, list_artifacts
 from storage.errors import UserError
 from storage.gc import Garbage, Sweep, collect, survey
+from storage.lineage import names_of_artifacts
 from storage.objects import Store
 from storage.runs import read_run
 from storage.verify import Verdict, discard_broken, verify_all, verify_artifact
 
 RefArgument = Annotated[
-    str, typer.Argument(help="A ref such as digits/2/student, or digits/2/student@1 for an older one.")
+    str,
+    typer.Argument(help="A ref such as digits/2/student, digits/2/student@1 for an older one; or a key's beginning."),
 ]
+KEY_DIGITS = 12  # of a key: more than tell artifacts apart
 FEW = 12  # lines of a long list that are printed
 
 
@@ -31,17 +35,27 @@ def ls(store: StoreOption = "nst-store", as_json: JsonOption = False) -> None:
 
     Example: nst ls --store s3://team/nst
     """
-    manifests = list_artifacts(Store(store))
+    opened = Store(store)
+    manifests, names = list_artifacts(opened), names_of_artifacts(opened)
     if as_json:
         wanted = {"kind", "key", "stage", "inputs"}
-        print(json.dumps([m.model_dump(mode="json", include=wanted) for m in manifests], indent=1))
+        rows = [{**m.model_dump(mode="json", include=wanted), "refs": names.get(m.key, [])} for m in manifests]
+        print(json.dumps(rows, indent=1))
         return
     table = Table(box=None)
-    for column in ("kind", "key", "created", "files", "bytes"):
+    for column in ("kind", "key", "ref", "created", "files", "bytes"):
         table.add_column(column)
     for m in manifests:
         size = sum(entry.bytes for entry in m.files)
-        table.add_row(m.kind, m.key, str(m.provenance.get("created", "")), str(len(m.files)), f"{size:,}")
+        ref = next(iter(names.get(m.key, [])), "")
+        table.add_row(
+            m.kind,
+            m.key[:KEY_DIGITS],
+            escape(ref),
+            str(m.provenance.get("created", "")),
+            str(len(m.files)),
+            f"{size:,}",
+        )
     console.print(table)
 
 
@@ -94,7 +108,7 @@ def export(
     opened = Store(store)
     manifest = artifact_of(opened, ref)
     if manifest.kind != "model":
-        raise UserError(f"{ref} is no model but a {manifest.kind}; give a teacher's or a student's ref")
+        raise UserError(f"{ref} is no model but of kind {manifest.kind}; give a teacher's or a student's ref")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"folder {folder} is not empty; give a new one")
     card = model_card(opened, ref, manifest)

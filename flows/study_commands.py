@@ -63,7 +63,7 @@ def study(
 ) -> None:
     """Run a table or figure of the paper as a grid of runs, and print it beside the paper's numbers.
 
-    Example: nst study noise data.root=../shared/data --out docs/studies
+    Example: nst study noise data.root=FOLDER --out docs/studies
     """
     if results is not None:
         _write_results(results, [name, *(overrides or [])] if name else [], [store, *(also or [])], seeds)
@@ -111,7 +111,9 @@ def _show_plan(grid: Grid, store: Store, as_json: bool) -> None:
     if as_json:
         print(json.dumps(study_json(grid, plan=asdict(plan)), indent=1))
         return
-    _say(f"{grid.study.title} ({grid.study.paper}), scale {grid.scale_name}, {grid.seeds} seeds")
+    _say(
+        f"{grid.study.title} ({grid.study.paper}), scale {grid.scale_name}, {grid.seeds} {'seed' if grid.seeds == 1 else 'seeds'}"
+    )
     _say(f"paper: {grid.study.finding.strip()}")
     _say(f"here: {grid.scale.about.strip()}")
     console.print(plan_table(plan))

@@ -1,5 +1,6 @@
 """What all commands share: the app, the consoles, the options, the exit codes."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from storage.artifacts import Manifest, find
+from storage.artifacts import Manifest, find, get
 from storage.errors import UserError
 from storage.objects import Store
 from storage.runs import resolve_ref
@@ -23,6 +24,7 @@ PIPE_WIDTH = 200  # columns where there is no terminal: tables in logs and files
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(stderr=True, soft_wrap=True)
 
+KEY = re.compile(r"[0-9a-f]{6,32}")
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_STOPPED = 2, 1, 143
 
 StoreOption = Annotated[
@@ -32,7 +34,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 
 
 def artifact_of(store: Store, ref: str) -> Manifest:
-    """The artifact that a ref names. Raises UserError where it is not in the store."""
+    """The artifact that a ref, or the beginning of a key, names. Raises UserError where it is not in the store."""
+    if KEY.fullmatch(ref):
+        steps = [path.split("/") for path in store.paths("artifacts") if path.endswith("/manifest.json")]
+        found = [(kind, key) for _, kind, key, _ in steps if key.startswith(ref)]
+        if len(found) > 1:
+            raise UserError(f"{len(found)} keys begin with {ref}; give more digits")
+        if found:
+            return get(store, *found[0])
     target = resolve_ref(store, ref)
     manifest = find(store, target.kind, target.key)
     if manifest is None:

@@ -69,6 +69,12 @@ class ExternalFolder:
         ]
         return sorted(files, key=lambda file: file.name)
 
+    def top(self) -> list[str]:
+        """The names of the files and folders in a folder of this machine; none of a bucket."""
+        if self.root is None or not self.root.is_dir():
+            return []
+        return sorted(path.name for path in self.root.iterdir() if not path.name.startswith("."))
+
     def fingerprint(self, file: ExternalFile) -> str:
         """What changes when the file's content does: its sha256, or in a bucket its ETag (no byte is read)."""
         return self.fingerprints([file])[0]

@@ -243,6 +243,11 @@ def _read_listed(store: Store, paths: Sequence[str]) -> dict[str, tuple[Manifest
     return found
 
 
+def names_of_artifacts(store: Store) -> dict[str, list[str]]:
+    """Key -> the refs that point at it, then those that did (`digits/1/label@1`)."""
+    return _names(_read_refs(store))
+
+
 def _read_refs(store: Store) -> dict[str, list[tuple[str, str]]]:
     """Ref -> (kind, key) of its targets, the oldest first."""
     found: dict[str, list[tuple[int, str, str]]] = defaultdict(list)

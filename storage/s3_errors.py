@@ -1,6 +1,7 @@
 """What an S3 error means: to be tried again, or to be told to the user, with what to do about it. Never a secret."""
 
 import asyncio
+import re
 from typing import Any
 
 import aiohttp
@@ -103,5 +104,5 @@ def explain(url: str, path: str, error: BaseException, tried: str = "") -> Store
 
 def _brief(error: BaseException) -> str:
     """Type and text of an error, without the query of a URL: it may be signed."""
-    text = " ".join(word.split("?")[0] for word in str(error).split())
+    text = re.sub(r"\?[^\s\"']*", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -105,7 +105,7 @@ def check_batches(config: TrainConfig, field: str, data: Manifest, selection: Ma
     if config.labeled_batch > num_labeled:
         raise UserError(
             f"{field}.labeled_batch={config.labeled_batch} is larger than the labeled set of {num_labeled} images; "
-            f"set {field}.labeled_batch to {num_labeled} or less"
+            f"set it to {num_labeled} or less, for all networks with train.labeled_batch={num_labeled}"
         )
     if selection is not None:
         check_unlabeled_batch(config, field, selection.metrics["total"], "the selection holds")

@@ -4,8 +4,11 @@ And the commands of the quick start and of "your own data", done for real on tin
 """
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +42,7 @@ ELSEWHERE = {  # commands of the pages that no test here can run, and why
     "env": "env -u and env --default-signal, before a command of Prefect's",
     "export": "sets the shell's environment",
     "pip": "an extra; the tests' environment has all of them",
+    "python": "python -m deployments.seaweedfs, the S3 server of the tests, as `make demo STORE=s3` starts it",
     ".": "activates the environment",
     "make": "make demo is `nst demo`, which the quick start runs at a tiny size; make test is what runs this",
 }
@@ -306,6 +310,19 @@ def test_the_quick_start_does_what_it_says(tmp_path: Path, monkeypatch: pytest.M
     assert "digits/3/student" in output, "one more iteration"
     assert output.count("1/label: reused") == 3, "another threshold, the first one again, one more iteration"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-store", "lineage.html", "my-student", "seven.png"]
+    exported, read = (block.text for block in blocks(page, "python"))
+    image = "from PIL import Image; image = Image.new('RGB', (28, 28))\n"
+    printed = subprocess.run(
+        [sys.executable, "-c", f"{image}{exported}print(probabilities.shape)\n{read}"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "torch.Size([1, 10])" in printed
+    assert "avg(confidence)" in printed
+    assert {"npy", "json"} <= set(re.findall(r"'(npy|json)'", printed))
 
 
 def write_class_folders(root: Path) -> None:

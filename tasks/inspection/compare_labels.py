@@ -55,7 +55,7 @@ def diff_labels(store: Store, a: Manifest, b: Manifest, min_confidence: float, w
     for manifest in (a, b):
         if manifest.kind != "labels":
             raise UserError(
-                f"{manifest.key} is no label artifact but a {manifest.kind}; give refs such as digits/1/label"
+                f"{manifest.key} is no label artifact but of kind {manifest.kind}; give refs such as digits/1/label"
             )
     names = a.metrics["class_names"]
     if names != b.metrics["class_names"]:

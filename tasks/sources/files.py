@@ -1,5 +1,6 @@
 """Files that people bring: Parquet, WebDataset tars or image files, each split of its own kind, told by the names."""
 
+import difflib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -14,6 +15,7 @@ from tasks.sources.folders import IMAGE_SUFFIXES, ImageFolders, folder_of
 from tasks.sources.parquet import ParquetFiles
 from tasks.sources.tars import TarFiles
 
+FEW = 12  # names of a folder that a message lists
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 KINDS = {"tars": (".tar",), "parquet": (".parquet",), "images": IMAGE_SUFFIXES}  # the first that a folder has counts
 
@@ -97,7 +99,8 @@ class FilesSource:
             if PurePosixPath(pattern).is_absolute() or "://" in pattern:
                 raise UserError(f"data.{split}={pattern!r} is absolute; give it relative to {setting}={root!r}")
             self._folders[split].check()
-            self._listed[split] = _of_one_kind(split, pattern, root, self._folders[split].find(pattern))
+            folder = self._folders[split]
+            self._listed[split] = _of_one_kind(split, pattern, root, folder.find(pattern), folder.top())
         return self._listed[split]
 
     @cached_property
@@ -135,8 +138,13 @@ class FilesSource:
         return next((place for place, step in enumerate(steps) if set(step) & set(WILD)), len(steps))
 
 
-def _of_one_kind(split: str, pattern: str, root: str, files: list[ExternalFile]) -> tuple[str, list[ExternalFile]]:
-    """The files that count: tars before Parquet before images, for img2dataset puts Parquet beside its tars."""
+def _of_one_kind(
+    split: str, pattern: str, root: str, files: list[ExternalFile], top: list[str]
+) -> tuple[str, list[ExternalFile]]:
+    """The files that count: tars before Parquet before images, for img2dataset puts Parquet beside its tars.
+
+    `top`: the names in `root`, for the message where nothing matches.
+    """
     for file in files:
         if file.name.lower().endswith(COMPRESSED):
             raise UserError(
@@ -146,9 +154,13 @@ def _of_one_kind(split: str, pattern: str, root: str, files: list[ExternalFile])
         own = [file for file in files if file.name.lower().endswith(suffixes)]
         if own:
             return kind, own
-    what = (
-        f"{len(files)} files match {pattern!r}, none of them" if files else f"nothing matches {pattern!r} in {root} as"
-    )
-    raise UserError(
-        f"data.{split}: {what} a .parquet, a .tar or an image; set data.{split} to a file, pattern or folder"
-    )
+    remedy = f"set data.{split} to a file, pattern or folder"
+    if files:
+        raise UserError(
+            f"data.{split}: {len(files)} files match {pattern!r}, none of them a .parquet, a .tar or an image; {remedy}"
+        )
+    if pattern.strip("./") in top:
+        raise UserError(f"data.{split}: folder {pattern!r} in {root} is empty; {remedy}")
+    near = difflib.get_close_matches(pattern.split("/")[0], top, n=1)
+    hint = f" -> did you mean {near[0]}?" if near else f"; there: {', '.join(top[:FEW])}" if top else ""
+    raise UserError(f"data.{split}: nothing matches {pattern!r} in {root}{hint}; {remedy}")

@@ -145,14 +145,14 @@ def test_each_evaluation_has_a_page_and_a_number_in_the_table_of_a_run(place: Pl
     [
         (("evaluate", "cleam", "digits/0/teacher"), "there is no evaluator 'cleam'; there are clean, corrupted"),
         (("evaluate", "clean", "digits/9/student"), "no ref 'digits/9/student'"),
-        (("evaluate", "clean", "digits/prepare"), "digits/prepare is no model but a dataset"),
+        (("evaluate", "clean", "digits/prepare"), "digits/prepare is no model but of kind dataset"),
         (
             ("evaluate", "clean", "digits/0/teacher"),
             "was not trained on a data set of this store; give one with --data",
         ),
         (("evaluate", "corrupted", "digits/0/teacher", "severitys=[1]"), "did you mean severities"),
         (("evaluate", "corrupted", "digits/0/teacher", "severities=[6]"), "severities are 1 to 5"),
-        (("evaluate", "clean", "digits/0/teacher", "--data", "digits/1/student"), "is no data set but a model"),
+        (("evaluate", "clean", "digits/0/teacher", "--data", "digits/1/student"), "is no data set but of kind model"),
         (("evaluate", "clean", "local-dir:/nowhere"), "has no model.safetensors"),
         (("evaluate", "subset", "digits/0/teacher"), "root is not set; set root=FOLDER"),
         (("compare", "digits/0/teacher"), "compare at least two"),

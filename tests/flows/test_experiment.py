@@ -132,6 +132,7 @@ def test_a_recipe_without_iterations_has_one(tmp_path: Path) -> None:
         ("select.min_confidance=0.5", "-> did you mean select.min_confidence?"),
         ("train.noise.qqq=1", "unknown field train.noise.qqq; fields there: crop, pad_px, min_area"),
         ("min_confidence=0.5", "unknown field min_confidence -> did you mean select.min_confidence?"),
+        ("epochs=3", "unknown field epochs -> did you mean train.epochs?"),
         ("iterations.0.epochs=3", "iterations.0: iterations are counted from 1, the last one here is 2"),
         ("iterations.3.epochs=3", "iterations.3: iterations are counted from 1, the last one here is 2"),
         ("iterations.-1.epochs=3", "iterations.-1: iterations are counted from 1"),
@@ -222,8 +223,16 @@ def test_several_mistakes_are_one_line_each(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_names_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match="'nowhere' is no file and no shipped recipe; shipped: .*digits"):
+    with pytest.raises(UserError, match="'nowhere' is no file in .* and no shipped recipe; shipped: .*digits"):
         load_experiment("nowhere")
+
+
+def test_a_misspelled_recipe_is_guessed(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(UserError, match=r"tiny.yml' is no file in .* -> did you mean tiny.yaml\?"):
+        load_experiment(recipe.replace(".yaml", ".yml"))
+    with pytest.raises(UserError, match=r"'imagenet-b77' .* -> did you mean imagenet-b7\?"):
+        load_experiment("imagenet-b77")
 
 
 def test_a_recipe_may_be_given_by_its_url(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_diff_of_labels_with_themselves_finds_nothing(store: str) -> None:
     assert (same["images"], same["flipped"], same["shift"], same["won"], same["lost"]) == (images, 0, 0, 0, 0)
     assert same["flips"] == []
     assert "flipped: 0" in nst("diff", "digits/1/label", "digits/1/label", "--store", store)
-    assert "no label artifact but a selection" in nst(
+    assert "no label artifact but of kind selection" in nst(
         "diff", "digits/1/label", "digits/1/select", "--store", store, code=2
     )
 

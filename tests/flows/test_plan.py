@@ -14,7 +14,7 @@ from storage.errors import UserError
 from storage.runs import record_run
 from tasks import train
 from tasks.selection.rules import DECISIONS
-from tests.flows.runs import nst_in_one_process
+from tests.flows.runs import nst, nst_in_one_process
 from tests.flows.tiny import Project, finish
 from tests.real_images import pngs, write_images
 from tests.tasks.selection.predicted import Row, publish_predictions
@@ -231,7 +231,21 @@ def test_an_interrupted_run_says_what_was_not_finished(project: Project) -> None
     finish(project.resolve(), "prepare", "unlabeled", "0/teacher")
     found = reasons(project.resolve())
     assert set(found) == set(project.resolve().records) - {"prepare", "unlabeled", "0/teacher"}
-    assert set(found.values()) == {("was not finished",)}
+    assert found["0/evaluate"] == found["1/label"] == ("was not finished",)
+    assert found["1/select"] == ("waits for 1/label",)
+    assert found["1/student"] == ("waits for 1/select",)
+
+
+def test_a_batch_that_is_larger_than_the_data_is_named_before_the_run(project: Project, tmp_path: Path) -> None:
+    wrong = project.resolve("teacher.labeled_batch=200")
+    assert {row.problem for row in make_plan(wrong)} == {None}, "before the data is there nobody knows"
+    finish(wrong, "prepare")
+    found = plan(wrong)["0/teacher"].problem
+    assert found is not None
+    assert "teacher.labeled_batch=200 is larger than the labeled set of 100 images; set it to 100 or less" in found
+    assert plan(wrong)["1/student"].problem is None
+    line = ["plan", project.recipe, *project.overrides("teacher.labeled_batch=200"), "--store", str(project.store.root)]
+    assert f"0/teacher will fail: {found}" in nst(*line, cwd=tmp_path)
 
 
 def test_a_raised_stage_version_is_named(project: Project) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.artifacts import list_artifacts
+from storage.artifacts import Manifest, commit, list_artifacts
 from storage.leases import at_work
 from storage.objects import Store
+from storage.runs import set_ref
 from tests.flows.runs import nst
 from tests.storage.small_store import make_checkpoint, make_lineage, make_run
 
@@ -61,6 +62,28 @@ def test_gc_shows_then_deletes_and_waits_for_work_to_end(place: str, tmp_path: P
 def test_a_report_is_saved_once_and_only_a_model_is_exported(place: str, tmp_path: Path) -> None:
     assert "has no report yet" in nst("report", "cats", "--store", place, cwd=tmp_path, code=2)
     printed = nst("export", "cats/data", "folder", "--store", place, cwd=tmp_path, code=2)
-    assert "cats/data is no model but a dataset" in printed
-    assert "model" in nst("ls", "--store", place, cwd=tmp_path)
+    assert "cats/data is no model but of kind dataset" in printed
     assert json.loads(nst("show", "cats/student", "--store", place, cwd=tmp_path))["key"] == "student"
+
+
+def test_a_store_is_listed_with_the_refs_and_a_key_is_as_good_as_a_ref(tmp_path: Path) -> None:
+    store, keys = Store(str(tmp_path / "store")), ["ab" * 16, "abab" + "cd" * 14]
+    for number, key in enumerate(keys):
+        commit(
+            store, Manifest(kind="dataset", key=key, stage="prepare", stage_version=1, config={}, inputs={}, files=())
+        )
+        set_ref(store, "cats/data", "dataset", key)
+        assert f"{key[:12]}  cats/data " in nst("ls", "--store", str(store.root), cwd=tmp_path), number
+    listed = json.loads(nst("ls", "--json", "--store", str(store.root), cwd=tmp_path))
+    assert {row["key"]: row["refs"] for row in listed} == {keys[0]: ["cats/data@1"], keys[1]: ["cats/data"]}
+    shown = json.loads(nst("show", keys[0][:12], "--store", str(store.root), cwd=tmp_path))
+    assert shown["key"] == keys[0]
+    store_of = ("--store", str(store.root))
+    assert "no ref 'abcabc'" in nst("show", "abcabc", *store_of, cwd=tmp_path, code=2)
+    commit(
+        store,
+        Manifest(
+            kind="labels", key="ababab" + "ef" * 13, stage="label", stage_version=1, config={}, inputs={}, files=()
+        ),
+    )
+    assert "2 keys begin with ababab; give more digits" in nst("show", "ababab", *store_of, cwd=tmp_path, code=2)

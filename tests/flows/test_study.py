@@ -183,7 +183,7 @@ def test_what_was_not_evaluated_yet_is_not_measured(tmp_path: Path) -> None:
         ("{name: soft,", "{name: hard,", r"variant hard stands twice"),
         ("student.pseudo_labels: hard", "select.seed: 3", r"hard sets select.seed, which the study sets; remove it"),
         ("of: soft,", "of: soft, overrides: {student.epochs: 1},", r"no recipe and no overrides"),
-        ("recipe: digits", "recipe: digit", r"study tiny, variant soft: recipe 'digit' is no file and no shipped recipe"),
+        ("recipe: digits", "recipe: digit", r"study tiny, variant soft: recipe 'digit' is no file in .* -> did you mean digits"),
         ("title: Does", "tilte: Does", r"tiny.yaml: unknown field tilte -> did you mean title\?"),
         ("name: tiny", "name: other", r"name=other is not the file's name"),
         ("title: hard labels,", f"title: hard labels, {FGSM}", r"variant hard: against=soft has another metric"),

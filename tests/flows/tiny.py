@@ -66,7 +66,7 @@ def finish(run: Run, *names: str, **provenance: Any) -> Run:
                 config=r.config,
                 inputs=r.inputs,
                 files=(),
-                metrics={"class_names": ["cat", "dog", "owl"]},
+                metrics={"class_names": ["cat", "dog", "owl"], "labeled": {"images": 100}},
                 provenance=provenance,
             ),
         )

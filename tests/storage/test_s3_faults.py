@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 import storage.s3
 from storage.artifacts import FileEntry
 from storage.errors import DamagedObject, MissingObject, StoreAway, StoreError
 from storage.objects import READ_ATTEMPTS, Store
+from storage.s3_errors import explain
 from tests.fault_proxy import FaultProxy
 
 PART, BLOCK = 5 << 20, 2 << 20  # smaller than in earnest, so that a small object has several
@@ -340,3 +342,10 @@ def test_a_wrong_clock_is_told_at_once(store: Store, proxy: FaultProxy) -> None:
     ):
         store.read_bytes("a")
     assert fault.done == 1
+
+
+def test_a_servers_address_is_shown_whole_but_for_what_may_be_signed() -> None:
+    address = "http://127.0.0.1:9/nst/a?X-Amz-Signature=abc"
+    said = str(explain("s3://nst", "a", EndpointConnectionError(endpoint_url=address)))
+    assert '"http://127.0.0.1:9/nst/a")' in said
+    assert "Signature" not in said

@@ -214,6 +214,11 @@ def test_a_missing_folder_file_or_pattern_is_named(images: Path) -> None:
     assert "data.root: folder" in failure(images / "nowhere")
     assert "data.val: nothing matches 'valid*.parquet' in" in failure(images, val="valid*.parquet")
     assert "data.test: nothing matches ''" in failure(images, test="")
+    assert "nothing matches 'vla.parquet' in" in failure(images, val="vla.parquet")
+    assert "-> did you mean val.parquet?" in failure(images, val="vla.parquet")
+    (images / "nothing").mkdir()
+    assert f"data.val: folder 'nothing' in {images} is empty" in failure(images, val="nothing")
+    assert "; there: labeled.parquet, nothing, test.parquet" in failure(images, val="x")
     absolute = str(images / "val.parquet")
     assert f"data.val={absolute!r} is absolute; give it relative to data.root" in failure(images, val=absolute)
 

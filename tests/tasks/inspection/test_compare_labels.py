@@ -95,5 +95,5 @@ def test_labels_of_other_classes_and_what_are_no_labels_are_refused(tmp_path: Pa
     a = labels(store, "a", ["k1", "k2", "k3"], seed=1)
     with pytest.raises(UserError, match="other classes"):
         diff_labels(store, a, labels(store, "b", ["k1", "k2", "k3"], seed=1, names=["cat", "dog", "emu"]), 0.3)
-    with pytest.raises(UserError, match="no label artifact but a model"):
+    with pytest.raises(UserError, match="no label artifact but of kind model"):
         diff_labels(store, a.model_copy(update={"kind": "model"}), a, 0.3)
