@@ -119,7 +119,9 @@ def spec(
         "class_names": [f"class {number}" for number in range(NUM_CLASSES)],
         "device": options.device,
         "numerics": numerics,
-        "compute": ComputeConfig(ranks=ranks, checkpoint_steps=10**9, trackers=()).model_dump(mode="json"),
+        "compute": ComputeConfig(ranks=ranks, checkpoint_steps=10**9, checkpoint_seconds=1e9, trackers=()).model_dump(
+            mode="json"
+        ),
     }
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from importlib.metadata import version
 from typing import Annotated, Any, cast
 
 import typer
@@ -43,7 +44,7 @@ from flows.terminal import (
     errors,
 )
 from models.failures import WorkerFailed
-from models.launch import warm_up
+from models.launch import code_state, warm_up
 from storage.artifacts import find
 from storage.errors import UserError, explained
 from storage.objects import Store
@@ -365,6 +366,22 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `nst --help`: as
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"nst {version('noisy-student')}, code {code_state()['commit'] or 'unknown'}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    shows_version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print version and commit.")
+    ] = False,
+) -> None:
+    pass
+
 
 if __name__ == "__main__":
     main()

@@ -65,7 +65,10 @@ class ComputeConfig(Config):
     train_compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile for training; auto: as train_dtype, else not"
     )
-    checkpoint_steps: int = Field(500, ge=1, description="training steps between two checkpoints")
+    checkpoint_steps: int = Field(500, ge=1, description="training steps between two checkpoints, at most")
+    checkpoint_seconds: float = Field(
+        60.0, gt=0, description="between two checkpoints; more where that would cost over a fiftieth of the time"
+    )
     kept_checkpoints: int = Field(2, ge=1, description="newest checkpoints that an attempt keeps")
     retries: int = Field(
         3,

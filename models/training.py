@@ -40,6 +40,7 @@ from storage.shards import write_parquet
 
 RECORDS = 100  # rows of the history table, about
 RESUME_ATTEMPTS = 5
+SHARE_OF_SAVING = 50  # a checkpoint waits so many times as long as the last one took
 VALIDATION_BATCH = 64
 RANKS_WAIT = timedelta(hours=2)  # for each other: rank 0 may be measuring which numerics are fastest
 
@@ -90,6 +91,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"top1": -1.0, "step": 0, "state": None}
         self.last_checkpoint = ""
+        self.saved_at, self.saving_s = time.perf_counter(), 0.0
         self.images_a_step = self.batches.images_a_step
 
     def _batches(self) -> TrainingBatches:
@@ -152,7 +154,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last step and publish."""
         resumed_at = self._resume()
-        started, first = time.perf_counter(), self.step
+        self.saved_at = started = time.perf_counter()
+        first = self.step
         trackers = []
         if self.worker.rank == 0:
             folder, config = Path(self.spec["log_folder"]), self.spec["config"]
@@ -192,10 +195,11 @@ class Trainer:
                 shown = {**shown, **{name: value for name, value in row.items() if name not in ("step", "epoch")}}
             done, total = self.step * self.images_a_step, self.num_steps * self.images_a_step
             self.worker.progress(done, total, last=last, **shown)
-            if self._stop_agreed():
+            stop, due = self._agreed()
+            if stop:
                 self._checkpoint()
                 raise Stopped
-            if self.step % self.compute.checkpoint_steps == 0 and not last:
+            if (due or self.step % self.compute.checkpoint_steps == 0) and not last:
                 self._checkpoint()
 
     def _record(self, facts: dict[str, Any]) -> dict[str, float]:
@@ -255,13 +259,16 @@ class Trainer:
             correct = int(total.item())
         return correct / len(self.validation)
 
-    def _stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks agree in the same step."""
+    def _agreed(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether a checkpoint is due by rank 0's clock; the same on all ranks."""
+        waits = max(self.compute.checkpoint_seconds, SHARE_OF_SAVING * self.saving_s)
+        due = self.worker.rank == 0 and time.perf_counter() - self.saved_at > waits
         if self.worker.world == 1:
-            return self.worker.stop_requested
-        flag = torch.tensor([float(self.worker.stop_requested)], device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            return self.worker.stop_requested, due
+        flags = torch.tensor([float(self.worker.stop_requested), float(due)], device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        stop, agreed = flags.tolist()
+        return bool(stop), bool(agreed)
 
     def _checkpoint(self) -> None:
         """Save what a resume needs. A network that has diverged is no checkpoint: raises as `_check_finite` does."""
@@ -269,11 +276,14 @@ class Trainer:
         if not self.advance.is_finite():  # often a step before the loss shows it
             raise self._diverged(f"weights are not finite after step {self.step}")
         if self.worker.rank == 0:
+            begun = time.perf_counter()
             state = {"step": self.step, "history": self.history, "best": self.best, **self.advance.state()}
             spec = self.spec
             self.last_checkpoint = checkpoints.save_checkpoint(
                 self.store, spec["key"], spec["attempt"], self.step, state, self.compute.kept_checkpoints
             )
+            self.saved_at = time.perf_counter()
+            self.saving_s = self.saved_at - begun
 
     def _resume(self) -> int:
         """Take up the most advanced whole checkpoint of any attempt; every rank takes the same. Returns its step."""

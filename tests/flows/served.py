@@ -18,7 +18,7 @@ import psutil
 
 from tests.flows.runs import TINY, read_until, start
 
-LONG = ("student.epochs=3000", "compute.checkpoint_steps=1000000")
+LONG = ("student.epochs=3000", "compute.checkpoint_steps=1000000", "compute.checkpoint_seconds=1000000")
 READY = "Ctrl-C stops"
 
 

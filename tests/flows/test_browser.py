@@ -217,7 +217,7 @@ def test_rerun_of_one_stage_from_the_form_makes_it_and_its_successors_anew(
 
 
 def test_a_cancelled_training_leaves_a_checkpoint_and_no_process_and_goes_on_from_there(served: Served, ui: UI) -> None:
-    overrides = [*TINY, "student.epochs=150", "compute.checkpoint_steps=1000000"]
+    overrides = [*TINY, "student.epochs=150", "compute.checkpoint_steps=1000000", "compute.checkpoint_seconds=1000000"]
     run = served.click("noisy-student", recipe="digits", overrides=overrides)
     served.wait(run, "Running")
     ui.open_run(run)

@@ -79,3 +79,7 @@ def test_an_exit_code_says_whose_turn_it_is(line: list[str], code: int, said: st
     assert said in printed
     assert "Traceback" not in printed
     assert "error: ;" not in printed
+
+
+def test_the_version_is_told_with_the_commit(tmp_path: Path) -> None:
+    assert re.match(r"nst \d+\.\d+\.\d+, code ([0-9a-f]{40}|unknown)\n", nst("--version", cwd=tmp_path))

@@ -161,6 +161,20 @@ def test_as_many_checkpoints_are_kept_as_asked(artifacts: Artifacts) -> None:
     assert len(list_checkpoints(artifacts.store, job["key"])) == 3
 
 
+def test_a_checkpoint_is_made_by_time_too_but_saving_takes_little_of_it(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = {"checkpoint_seconds": 1e-9, "kept_checkpoints": 100}
+    monkeypatch.setattr("models.training.SHARE_OF_SAVING", 0)
+    job = spec(artifacts, "by time", compute=often)
+    train(job, Worker())
+    assert len(list_checkpoints(artifacts.store, job["key"])) == STEPS - 1
+    monkeypatch.setattr("models.training.SHARE_OF_SAVING", 1e9)
+    job = spec(artifacts, "by time, but rarely", compute=often)
+    train(job, Worker())
+    assert len(list_checkpoints(artifacts.store, job["key"])) == 1
+
+
 @pytest.mark.parametrize("steps", [0, 4])
 def test_records_are_as_often_as_asked(artifacts: Artifacts, steps: int) -> None:
     found = history(artifacts, run(artifacts, f"records {steps}", changed(record_steps=steps, num_validations=1)))
