@@ -5,7 +5,7 @@ each replica, its share of labeled and unlabeled positions. So a loader may star
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from models.configs import NoiseConfig, TrainConfig
+from models.decode import decode_pixels
 from models.launch import make_room_for_sockets
-from models.noise import clean_view, noised_view
+from models.noise import as_picture, clean_view, noised_view
 from models.order import LABELED_STREAM, UNLABELED_STREAM, SampleOrder, sample_rng
 from models.worker import die_with_parent
 from storage.artifacts import Manifest
@@ -94,14 +96,15 @@ class IndexedImages:
         """The object that holds a row's bytes."""
         return str(self._shards[self._shard_of[row]])
 
-    def image(self, row: int) -> Any:
+    def image(self, row: int) -> Image.Image:
         """The decoded RGB image of a row, not to be changed. Raises StoreError where its bytes are not the index's."""
-        if self._decoded is not None and row in self._decoded:
-            return self._decoded[row]
-        image = self._decode(row, self._reader.read(self.shard_path(row), *self._place(row)))
-        if self._decoded is not None:
-            self._decoded[row] = image
-        return image
+        found = self._known(row, decode_rgb)
+        return as_picture(found) if isinstance(found, torch.Tensor) else found
+
+    def pixels(self, row: int) -> torch.Tensor:
+        """The same as uint8 [3, height, width], sooner: the same pixels, bit for bit (models/decode.py)."""
+        found = self._known(row, decode_pixels)
+        return found if isinstance(found, torch.Tensor) else torch.from_numpy(np.array(found)).permute(2, 0, 1)
 
     def bytes_in_order(self, rows: Sequence[int]) -> Iterator[bytes]:
         """The encoded images of rising rows of one shard, in one pass over it. Raises StoreError as `image` does."""
@@ -119,11 +122,17 @@ class IndexedImages:
     def _place(self, row: int) -> tuple[int, int, str]:
         return int(self._offset[row]), int(self._bytes[row]), self._sha256[row].as_py()
 
-    def _decode(self, row: int, data: bytes) -> Any:
+    def _known(self, row: int, decode: Callable[[bytes], Any]) -> Any:
+        """What a row's bytes were decoded to, now or before."""
+        if self._decoded is not None and row in self._decoded:
+            return self._decoded[row]
         try:
-            return decode_rgb(data)
+            decoded = decode(self._reader.read(self.shard_path(row), *self._place(row)))
         except ImageError as error:
             raise StoreError(f"{self.name_of(row)}: {error}") from error
+        if self._decoded is not None:
+            self._decoded[row] = decoded
+        return decoded
 
 
 class LabelsByRow(Protocol):
@@ -198,7 +207,8 @@ class TrainingBatches(Dataset):
 
     def _noised(self, part: IndexedImages, row: int, noise: NoiseConfig, stream: int, position: int) -> np.ndarray:
         rng = sample_rng(self._config.seed, stream, position)
-        return noised_view(part.image(row), noise, self._config.model.image_size, rng)
+        image = part.pixels(row) if noise.crop == "resized" else part.image(row)
+        return noised_view(image, noise, self._config.model.image_size, rng)
 
 
 def training_loader(

@@ -13,12 +13,15 @@ Contrast blends with the number of pixels / 256 where Pillow (and this) takes th
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageEnhance
 
 from models.configs import NoiseConfig
+
+if TYPE_CHECKING:
+    import torch
 
 LEVEL_SCALE = 10.0  # the magnitude at which the level tables reach their nominal value
 FILL = (128, 128, 128)  # what geometry leaves empty and what cutout covers
@@ -30,13 +33,19 @@ MAX_CLEAN_ASPECT = 32  # past this, the ends of an image go before the resize: 1
 Op = Callable[[Image.Image, float, NoiseConfig, np.random.Generator], Image.Image]
 
 
-def noised_view(image: Image.Image, noise: NoiseConfig, image_size: int, rng: np.random.Generator) -> np.ndarray:
+def noised_view(
+    image: "Image.Image | torch.Tensor", noise: NoiseConfig, image_size: int, rng: np.random.Generator
+) -> np.ndarray:
     """Crop, flip, RandAugment, then the fixed cutout: uint8 [image_size, image_size, 3], writable, and 0-255.
 
     Each of `noise.num_ops` operations is drawn uniformly with replacement from `noise.ops` and always runs.
-    `image` is RGB of any size and stays as it is. Raises ValueError on another mode.
+    `image` is RGB of any size, a picture or uint8 [3, height, width], and stays as it is. Raises ValueError on another mode.
     """
-    image = CROPS[noise.crop](_require_rgb(image), noise, image_size, rng)
+    if isinstance(image, Image.Image):
+        image = _require_rgb(image)
+    elif noise.crop != "resized":
+        image = as_picture(image)
+    image = CROPS[noise.crop](image, noise, image_size, rng)
     if noise.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for _ in range(noise.num_ops):
@@ -53,6 +62,11 @@ def clean_view(image: Image.Image, image_size: int, crop_pct: float) -> np.ndarr
     of any size, `crop_pct` in (0, 1]; an image longer than 32:1 is first cut to that. Raises ValueError on another mode.
     """
     return np.array(_clean(_require_rgb(image), image_size, crop_pct))
+
+
+def as_picture(pixels: "torch.Tensor") -> Image.Image:
+    """uint8 [3, height, width] -> an RGB picture."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def clean_sizes(width: int, height: int, image_size: int, crop_pct: float) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -99,14 +113,20 @@ def _crop_pad(image: Image.Image, noise: NoiseConfig, image_size: int, rng: np.r
     return Image.fromarray(pixels)
 
 
-def _crop_resized(image: Image.Image, noise: NoiseConfig, image_size: int, rng: np.random.Generator) -> Image.Image:
-    box = random_resized_box(image.width, image.height, noise.min_area, rng)
-    from models.resize import resize  # torch, which a process that only reads configs need not load
+def _crop_resized(
+    image: "Image.Image | torch.Tensor", noise: NoiseConfig, image_size: int, rng: np.random.Generator
+) -> Image.Image:
+    from models.resize import resize, resize_pixels  # torch, which a process that only reads configs need not load
 
-    return Image.fromarray(resize(np.array(image.crop(box)), image_size, image_size))
+    if isinstance(image, Image.Image):
+        box = random_resized_box(image.width, image.height, noise.min_area, rng)
+        return Image.fromarray(resize(np.array(image.crop(box)), image_size, image_size))
+    height, width = image.shape[1:]
+    left, top, right, bottom = random_resized_box(width, height, noise.min_area, rng)
+    return Image.fromarray(resize_pixels(image[:, top:bottom, left:right], image_size, image_size))
 
 
-CROPS = {"none": _crop_none, "pad": _crop_pad, "resized": _crop_resized}
+CROPS: dict[str, Callable[..., Image.Image]] = {"none": _crop_none, "pad": _crop_pad, "resized": _crop_resized}
 
 
 def random_resized_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ Imported only where `compute.engine` is `ray` (extra `ray`).
 """
 
 import logging
+import signal
 import socket
 import threading
 import time
@@ -195,7 +196,8 @@ class RayEngine:
             yield board
             self._read(board, totals)
         finally:
-            ray.kill(board)
+            with suppress(RayError):
+                ray.kill(board)
 
     def _read(self, board: Any, totals: Totals) -> None:
         """Hand on what the pieces have reported. Without effect where the board's node has died: nobody sees progress then."""
@@ -223,6 +225,7 @@ def connect(config: ComputeConfig) -> None:
     """Join the cluster, once a process. Raises UserError where there is none."""
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         _look(config.ray_address)
         ray.init(config.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -231,6 +234,10 @@ def connect(config: ComputeConfig) -> None:
             f"compute.engine=ray: no Ray cluster at compute.ray_address={config.ray_address} ({str(error).splitlines()[0]}); "
             "start one (`ray start --head`), name its address, or set compute.engine=local"
         ) from error
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # Ray puts its own in place; who asked us to stop is answered by ours
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _look(address: str) -> None:

@@ -11,6 +11,10 @@ from torch.nn.functional import interpolate
 
 def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """uint8 [h, w, 3] -> uint8 [height, width, 3]."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = interpolate(image, (height, width), mode="bicubic", antialias=True)
+    return resize_pixels(torch.from_numpy(pixels).permute(2, 0, 1), width, height)
+
+
+def resize_pixels(pixels: torch.Tensor, width: int, height: int) -> np.ndarray:
+    """uint8 [3, h, w] -> uint8 [height, width, 3]."""
+    resized = interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()

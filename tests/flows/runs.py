@@ -134,7 +134,7 @@ def count(store: Path, prefix: str, suffix: str = "") -> int:
     return sum(path.endswith(suffix) for path in Store(str(store)).paths(prefix)) if store.exists() else 0
 
 
-def open_checkpoints(store: Path) -> int:
+def open_checkpoints(store: Path | str) -> int:
     """Checkpoints of models that are not committed."""
     opened = Store(str(store))
     paths = [p for p in opened.paths("artifacts/model") if p.endswith(".pt")]

@@ -1,5 +1,6 @@
 """The pipeline on a real Ray cluster of two nodes that share nothing but the bucket; a node that is killed."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from storage.objects import Store
 from storage.verify import verify_all
-from tests.flows.runs import command, contents, run, start
+from tests.flows.runs import command, contents, open_checkpoints, run, start, wait_for_output
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 PARTS = "parts/predict"
@@ -68,6 +69,20 @@ def test_a_run_on_two_nodes_ends_with_the_artifacts_of_one_on_this_machine(
     assert verify_all(Store(s3)).problems == []
     caches = [sum(1 for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("head", "other")]
     assert min(caches) > 0, "both nodes read from the bucket"
+
+
+def test_a_training_on_the_cluster_that_is_terminated_writes_a_checkpoint_and_is_gone_on_with(
+    s3: str, nodes: TwoNodes
+) -> None:
+    rare = ("compute.checkpoint_steps=1000000", "compute.checkpoint_seconds=1000000")
+    line = command(s3, *nodes.settings, *rare, "train.replicas=2", "compute.ranks=2", "teacher.epochs=2000")
+    child = start(line)
+    wait_for_output(child, "0/teacher: ")
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=100)[0]
+    assert child.returncode == 143, said
+    assert "stopped; the same command goes on where it was" in said
+    assert open_checkpoints(s3) == 1
 
 
 def test_the_work_of_a_node_that_is_killed_while_it_labels_moves_to_the_other(

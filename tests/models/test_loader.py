@@ -136,6 +136,20 @@ def test_an_epoch_holds_every_labeled_image_once_with_its_label(artifacts: Artif
     assert found == expected
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["decoded once", "decoded anew"])
+def test_pixels_and_pictures_are_the_same_whichever_is_asked_for_first(
+    artifacts: Artifacts, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.loader.CACHE_BYTES", 1 << 30 if kept else 0)
+    first, second = (IndexedImages(artifacts.store, artifacts.data, "labeled") for _ in range(2))
+    for row in range(len(first)):
+        pixels, picture = first.pixels(row), second.image(row)
+        assert pixels.dtype == torch.uint8
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(picture))
+        assert torch.equal(second.pixels(row), pixels)
+        assert np.array_equal(np.asarray(first.image(row)), np.asarray(picture))
+
+
 def pseudo_labels_by_picture(artifacts: Artifacts, labels: Manifest) -> dict[bytes, bytes]:
     """What each unlabeled picture's label must be, from the labels artifact and the prepared shards."""
     table = read_predictions(artifacts.store, labels)

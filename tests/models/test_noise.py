@@ -83,6 +83,17 @@ def test_a_view_is_a_pure_function_of_image_settings_and_generator(image, settin
     assert image.tobytes() == before
 
 
+@given(image=random_pictures, settings_=noise_settings, seed=st.integers(0, 2**63), size=st.integers(8, 48))
+@settings(max_examples=150, deadline=None)
+def test_a_view_of_pixels_is_that_of_the_picture(image, settings_, seed, size):
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    before = tensor.clone()
+    found = noised_view(tensor, settings_, size, np.random.default_rng(seed))
+    assert np.array_equal(found, noised_view(image, settings_, size, np.random.default_rng(seed)))
+    assert found.flags.writeable
+    assert torch.equal(tensor, before)
+
+
 def test_different_generators_give_different_views():
     views = {view(picture(), NoiseConfig(translate_px=4), seed).tobytes() for seed in range(50)}
     assert len(views) == 50
