@@ -86,10 +86,11 @@ def _planned_selection(run: Run, node: Node) -> PlannedSelection | None:
 
 def _training_problem(run: Run, node: Node) -> str | None:
     """What is wrong with a training, where the data set that it learns from is there."""
-    data = find(run.store, "dataset", run.records["prepare"].key) if isinstance(node.config, TrainConfig) else None
+    config = node.config
+    data = find(run.store, "dataset", run.records["prepare"].key)
     try:
-        if data is not None:
-            check_batches(node.config, node.section, data)
+        if data is not None and isinstance(config, TrainConfig):
+            check_batches(config, node.section, data)
     except UserError as error:
         return str(error)
     return None
