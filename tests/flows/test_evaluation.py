@@ -145,7 +145,7 @@ def test_each_evaluation_has_a_page_and_a_number_in_the_table_of_a_run(place: Pl
     [
         (("evaluate", "cleam", "digits/0/teacher"), "there is no evaluator 'cleam'; there are clean, corrupted"),
         (("evaluate", "clean", "digits/9/student"), "no ref 'digits/9/student'"),
-        (("evaluate", "clean", "digits/prepare"), "digits/prepare is no model but of kind dataset"),
+        (("evaluate", "clean", "digits/prepare"), "digits/prepare is no model but a dataset"),
         (
             ("evaluate", "clean", "digits/0/teacher"),
             "was not trained on a data set of this store; give one with --data",
