@@ -99,8 +99,8 @@ def run(
     if prefect is PrefectMode.off:
         name = _run_plain(resolve_run(experiment, recipe, store_root, choice), display)
     else:
-        if latest_run(store_root, experiment.name) is None:  # networks will be trained: torch loads while Prefect does
-            warm_up()
+        if experiment.compute.engine == "local" and latest_run(store_root, experiment.name) is None:
+            warm_up()  # networks will be trained here: torch loads while Prefect does
         wait_for_api = _set_up_prefect(prefect)
         from flows.iteration import noisy_student, recipe_parameters, show_on
 

@@ -156,6 +156,8 @@ def execute_one(run: Run, name: str, do_stage: DoStage) -> StageOutcome:
     """Do one stage of a run. Raises UserError naming the stages to run first where its inputs are not there."""
     node, client = find_node(run, name), open_client()
     run.store.check_writable()
+    if find(run.store, run.records[name].kind, run.records[name].key) is None:
+        open_engine(run.experiment.compute).check(run.store.url)
     with (
         at_work(run.store, f"{run.experiment.name}/{name}"),
         announced(client, run.store, run.experiment.name, do_stage) as do_announced,

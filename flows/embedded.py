@@ -1,7 +1,7 @@
 """Prefect's API for one command: a server of its own, which comes up while the command loads Prefect, and ends with it.
 
 Prefect starts such a server by itself where no API is named (its "ephemeral" mode), but only once a flow is called, after
-it has loaded the server's code into the calling process as well: two seconds, and then four of waiting.
+it has loaded the server's code into the calling process as well.
 """
 
 import atexit

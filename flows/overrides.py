@@ -132,9 +132,7 @@ def _suggest(dotted: str, root: type[BaseModel]) -> str:
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)]
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]  # right name, wrong section
-    near += sorted(
-        elsewhere, key=lambda name: name.count(".")
-    )  # the section that most likely was meant: the least deep
+    near += sorted(elsewhere, key=lambda name: name.count("."))  # the least deep section was meant most likely
     if near:
         return f" -> did you mean {near[0]}?"
     return f"; fields there: {', '.join(siblings)}" if siblings else ""

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from storage.artifacts import Manifest, find, get
 from storage.errors import UserError
+from storage.lineage import LEAST_DIGITS
 from storage.objects import Store
 from storage.runs import resolve_ref
 
@@ -24,7 +25,7 @@ PIPE_WIDTH = 200  # columns where there is no terminal: tables in logs and files
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(stderr=True, soft_wrap=True)
 
-KEY = re.compile(r"[0-9a-f]{6,32}")
+KEY = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},32}}")
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_STOPPED = 2, 1, 143
 
 StoreOption = Annotated[

@@ -259,10 +259,10 @@ def child_environment(threads: int, place: Place | None = None) -> dict[str, str
     else:
         environment.update(place.environment)
     ask_for_huge_pages(environment)
-    return finding_this_code(environment)
+    return _finding_this_code(environment)
 
 
-def finding_this_code(environment: Mapping[str, str]) -> dict[str, str]:
+def _finding_this_code(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment in which Python imports this checkout's packages, from any working directory."""
     root = str(Path(__file__).resolve().parent.parent)
     inherited = environment.get("PYTHONPATH", "")
@@ -290,7 +290,7 @@ def start_service(line: Sequence[str], environment: Mapping[str, str], folder: P
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=finding_this_code(environment),
+            env=_finding_this_code(environment),
             cwd=folder,
             text=True,
             start_new_session=True,

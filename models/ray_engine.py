@@ -234,10 +234,10 @@ def connect(config: ComputeConfig) -> None:
             f"compute.engine=ray: no Ray cluster at compute.ray_address={config.ray_address} ({str(error).splitlines()[0]}); "
             "start one (`ray start --head`), name its address, or set compute.engine=local"
         ) from error
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # Ray puts its own in place; who asked us to stop is answered by ours
-        signal.signal(signal.SIGTERM, on_sigterm)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, on_sigterm
+        )  # Ray has put its own in place, which asks no training for a checkpoint
 
 
 def _look(address: str) -> None:
