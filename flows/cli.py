@@ -23,6 +23,7 @@ from flows import (
     automations,
     evaluation_commands,
     inspect_commands,
+    join_command,
     lineage_command,
     serve,
     store_commands,
@@ -95,6 +96,7 @@ def run(
     experiment = load_experiment(recipe, overrides or (), scale)  # a typo ends here, before Prefect starts
     store_root = Store(store)
     store_root.check_writable()
+    join_command.say_where(experiment.compute)
     display = make_display(console)
     if prefect is PrefectMode.off:
         name = _run_plain(resolve_run(experiment, recipe, store_root, choice), display)
@@ -133,6 +135,7 @@ def next_iteration(
 
     store_root = Store(store)
     run = next_run(store_root, experiment, overrides or ())  # a typo ends here, before Prefect starts
+    join_command.say_where(run.experiment.compute)
     display = make_display(console)
     if prefect is PrefectMode.off:
         name = _run_plain(run, display)
@@ -212,6 +215,7 @@ def stage(
 
     experiment = load_experiment(recipe, overrides or (), scale)
     find_node(resolve_run(experiment, recipe, Store(store), Rerun()), name)  # a wrong name ends here
+    join_command.say_where(experiment.compute)
     if prefect is PrefectMode.off:
         _stage_plain(name, recipe, overrides or [], Store(store), scale)
         return
@@ -358,6 +362,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `nst --help`: as
     "stage": stage,
     "study": study_commands.study,
     "serve": serve.serve,
+    "join": join_command.join,
     "automations": automations.automations,
     "ls": store_commands.ls,
     "show": store_commands.show,

@@ -11,8 +11,8 @@ from flows.graph import ROLES, STAGES, Node, build_graph, made_from, resolve_key
 from flows.openlineage_sender import announced, open_client
 from models.compute import open_engine
 from models.launch import warm_up
-from models.numerics import package_versions
 from models.pretrained import locate
+from models.versions import package_versions
 from storage.artifacts import Manifest, find, find_part, publish_part
 from storage.errors import UserError
 from storage.keys import digest

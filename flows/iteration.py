@@ -22,6 +22,7 @@ from flows.console import Display, PlainDisplay, shown
 from flows.driver import Rerun, Run, execute, resolve_run
 from flows.experiment import DEFAULT_STORE, load_experiment, shipped_recipes
 from flows.next import next_run
+from flows.ray_task_runs import offer_task_runs
 from flows.ui_artifacts import RunPages
 from models.process_tree import end_with_parent
 from storage.objects import Store
@@ -158,7 +159,7 @@ def recipe_parameters(recipe: str) -> dict[str, str]:
 def prefect_stage(run: Run) -> Iterator[DoStage]:
     """How a stage is carried out under Prefect: as a task, reporting to the display or the run's log, and to the UI."""
     display = _display[0] if _display else PlainDisplay(get_run_logger().info)
-    stage = stage_task(run.experiment.compute.retries, display.note)
+    stage = stage_task(run.experiment.compute.retries, display.note, offer_task_runs)
     on_log = (lambda line: None) if _display else get_run_logger().info
 
     def do_stage(request: StageRequest) -> StageOutcome:

@@ -49,9 +49,9 @@ from openlineage.client.uuid import generate_static_uuid
 
 from models.configs import TrainConfig
 from models.launch import code_state
-from models.numerics import package_versions
 from models.predictions import PREDICTIONS_SCHEMA, probabilities_schema
 from models.pretrained import HUB, LOCAL
+from models.versions import package_versions
 from storage.artifacts import SOURCE_ROLE, Manifest, artifact_folder
 from storage.keys import Config
 from storage.local import local_root

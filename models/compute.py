@@ -8,18 +8,22 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from models.launch import Record, run_worker
+from models.heard import Record
+from models.launch import run_worker
+from models.meeting import Meeting
 from storage.errors import UserError
 from storage.keys import Config
 
 MOST_LOADERS = 16  # a rank
 Spec = dict[str, Any]
 OnProgress = Callable[[dict[str, Any]], None]
+OnLog = Callable[[str], None]
 
 
 class ComputeConfig(Config):
@@ -30,9 +34,23 @@ class ComputeConfig(Config):
         "auto",
         description="of the cluster with engine=ray: host:port, ray://host:10001; auto: this machine's, or RAY_ADDRESS",
     )
+    ray_task_runs: Literal["auto", "never"] = Field(
+        "auto",
+        description="whether each piece that a Ray cluster works on is a task run in Prefect (prefect-ray); auto: where the "
+        "run has a Prefect API which the cluster's machines reach",
+    )
     processes: int = Field(0, ge=0, description="worker processes of map; 0: one a core, or one a GPU for inference")
     ranks: int = Field(1, ge=1, description="DDP processes of a training; must divide train.replicas")
-    threads: int = Field(0, ge=0, description="torch threads of each DDP rank; 0: cores / ranks")
+    nodes: int = Field(
+        1,
+        ge=1,
+        description="machines that share the ranks of a training; on all but the first runs `nst join` (not with Ray)",
+    )
+    rdzv_endpoint: str = Field(
+        "",
+        description="with several nodes: host:port of the first, where the others find it; no other program has the port",
+    )
+    threads: int = Field(0, ge=0, description="torch threads of each DDP rank; 0: cores / ranks of a machine")
     loader_workers: int = Field(
         -1,
         ge=-1,
@@ -84,6 +102,31 @@ class ComputeConfig(Config):
         "", description="of TensorBoard's event files; empty: `logs` in a store on disk, else in the cache's folder"
     )
 
+    @model_validator(mode="after")
+    def _nodes_meet(self) -> Self:
+        if self.nodes == 1:
+            return self
+        if self.engine == "ray":
+            raise ValueError(f"nodes={self.nodes}: with engine=ray the cluster says where ranks run; leave nodes out")
+        if self.ranks % self.nodes:
+            raise ValueError(f"nodes={self.nodes} does not divide ranks={self.ranks}; every machine has as many ranks")
+        if not self.rdzv_endpoint:
+            raise ValueError(
+                f"nodes={self.nodes} needs rdzv_endpoint=HOST:PORT, an address of this machine that the others reach"
+            )
+        self.meeting  # noqa: B018 - raises where the endpoint is none
+        return self
+
+    @property
+    def meeting(self) -> Meeting | None:
+        """Where the machines of a training meet; None for a training on this machine alone."""
+        return Meeting.at(self.rdzv_endpoint, self.nodes) if self.nodes > 1 else None
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks of a training on each machine."""
+        return self.ranks // self.nodes
+
 
 class Engine(Protocol):
     """The calls that every engine offers."""
@@ -105,15 +148,37 @@ class Engine(Protocol):
         ...
 
 
+class Pieces(Protocol):
+    """How the pieces of one `map` are handed to a cluster."""
+
+    def submit(self, name: str, number: int, function: str, spec: Spec, board: Any) -> Any:
+        """Hand one out. Returns what the cluster's library waits for."""
+        ...
+
+    def outcome(self, value: Any) -> dict[str, Any]:
+        """A piece's result or error, from what the cluster returned."""
+        ...
+
+
+# what pieces need of the cluster, whether it is this machine alone, who is told why not -> pieces, or None where it cannot be
+OfferPieces = Callable[[dict[str, Any], bool, OnLog], AbstractContextManager[Pieces | None]]
+
+
 class LocalEngine:
     """This machine: a pool of child processes for `map`, torch elastic for `gang`."""
 
-    def __init__(self, config: ComputeConfig, on_log: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, config: ComputeConfig, on_log: OnLog = lambda line: None) -> None:
         self._config = config
         self._on_log = on_log
 
     def check(self, store: str) -> None:
-        """This machine is there."""
+        """Raise UserError where other machines are to train from a folder of this one."""
+        meeting = self._config.meeting
+        if meeting and not meeting.on_loopback and store.startswith("file:"):
+            raise UserError(
+                f"store {store} is a folder, and compute.nodes={meeting.machines} machines train together; use a store that "
+                "all of them reach (s3://bucket/prefix)"
+            )
 
     def map(self, function: str, specs: Sequence[Spec], on_progress: OnProgress) -> list[dict[str, Any]]:
         """One child a spec, `compute.processes` at a time, each with one thread (threads change bits)."""
@@ -138,11 +203,21 @@ class LocalEngine:
         return [future.result() for future in futures]
 
     def gang(self, function: str, spec: Spec, world: int, on_progress: OnProgress) -> dict[str, Any]:
-        """`world` ranks of this machine; one rank runs without an agent."""
-        threads = self._config.threads or max(1, num_cores() // world)
-        totals = Totals(1, on_progress)
+        """`world` ranks of this machine, or of all that meet; one rank runs without an agent."""
+        meeting = self._config.meeting
+        threads = self._config.threads or max(1, num_cores() // self._config.local_ranks)
+        if meeting:
+            self._on_log(
+                f"waits for {meeting.machines - 1} more machines: run `nst join {self._config.rdzv_endpoint}` there"
+            )
         return run_worker(
-            function, spec, world=world, threads=threads, on_record=totals.listener(0), on_log=self._on_log
+            function,
+            spec,
+            world=world,
+            threads=threads,
+            meeting=meeting,
+            on_record=Totals(1, on_progress).listener(0),
+            on_log=self._on_log,
         )
 
     @property
@@ -151,15 +226,18 @@ class LocalEngine:
         return self._config.processes or num_cores()
 
 
-def open_engine(config: ComputeConfig, on_log: Callable[[str], None] = lambda line: None) -> Engine:
-    """The engine that a config asks for. Raises UserError where Ray is asked for and is not there."""
+def open_engine(config: ComputeConfig, on_log: OnLog = lambda line: None, offer: OfferPieces | None = None) -> Engine:
+    """The engine that a config asks for. Raises UserError where Ray is asked for and is not there.
+
+    `offer`: how a cluster's pieces may be handed out so that someone else sees them.
+    """
     if config.engine == "local":
         return LocalEngine(config, on_log)
     try:
         from models.ray_engine import RayEngine
     except ImportError as error:
         raise UserError(f"compute.engine=ray needs the extra `ray` ({error}): pip install '.[ray]'") from error
-    return RayEngine(config, on_log)
+    return RayEngine(config, on_log, offer)
 
 
 def group_shards(
@@ -181,7 +259,7 @@ def loader_processes(config: ComputeConfig, device: str) -> int:
     """How many processes make the batches of one rank on this machine."""
     if config.loader_workers >= 0:
         return config.loader_workers
-    share = num_cores() // config.ranks
+    share = num_cores() // config.local_ranks
     return max(1, min(MOST_LOADERS, share - 1)) if device == "cuda" else max(1, min(2, share))
 
 

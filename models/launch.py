@@ -4,9 +4,8 @@ A single child that needs torch is forked by a warm parent (models/warm.py), whi
 
 Programs that work beside this process (Prefect's server and worker, flows/serve.py) are started here too, as services.
 
-Children speak in lines: those that begin with `@nst ` carry one JSON record (progress, result, error), all others are
-log. A child's output is always piped, because one that inherits stdout can hold a dead flow open; a child dies with
-its parent (models/worker.py), and gets `GRACE_S` to write a checkpoint when it is asked to stop.
+A child's output is always piped (models/heard.py), because one that inherits stdout can hold a dead flow open; a child
+dies with its parent (models/worker.py), and gets `GRACE_S` to write a checkpoint when it is asked to stop.
 """
 
 import atexit
@@ -23,23 +22,22 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import util
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from models.failures import WorkerLost, failure_of
+from models.heard import Record, listen
+from models.meeting import Meeting, pinned
 from models.memory import ask_for_huge_pages
 from storage.backend import ANSWERED
 
-RECORD_PREFIX = "@nst "
 GRACE_S = 25.0  # Prefect kills a cancelled flow after 30 s
 CLOSE_S = 1.0
-LAST_LINES = 30
 PR_SET_PDEATHSIG = 1
 SOCKET_FOLDER_BYTES = 107 - len("/pymp-12345678/listener-12345678")  # the kernel's limit for a socket's path
 
-Record = dict[str, Any]
 Service: TypeAlias = "subprocess.Popen[str]"
 Child: TypeAlias = "Service | WarmChild"
 
@@ -72,6 +70,7 @@ def run_worker(
     world: int = 1,
     threads: int = 1,
     place: Place | None = None,
+    meeting: Meeting | None = None,
     on_record: Callable[[Record], None] = lambda record: None,
     on_log: Callable[[str], None] = lambda line: None,
     stop: threading.Event | None = None,
@@ -79,20 +78,23 @@ def run_worker(
     """Run `function` ("module:name") on a JSON spec in `world` child processes and return rank 0's result.
 
     Blocks until all processes are gone, on an exception too; `stop` ends them from another thread. With `place` the child is
-    one rank of a gang whose other ranks are started elsewhere; all but rank 0 return {}. Raises UserError
+    one rank of a gang whose other ranks are started elsewhere; all but rank 0 return {}. With `meeting` this machine starts its
+    share of `world` ranks, once the other machines are there. Raises UserError
     where the child found bad input, StoreAway where its store did not answer, WorkerLost where a process of it was
     killed, WorkerFailed for every other failure.
     """
     with tempfile.TemporaryDirectory(prefix="nst-") as folder:
         path = Path(folder) / "spec.json"
         ranks = place.world if place else world
-        path.write_text(json.dumps({"function": function, "spec": spec, "world": ranks, "threads": threads}))
-        child = _start(function, path, world, threads, place)
+        job = {"function": function, "spec": spec, "world": ranks, "threads": threads}
+        path.write_text(json.dumps({**job, "meeting": asdict(meeting) if meeting else None}))
+        child = _start(function, path, world, threads, place, meeting)
         finished = threading.Event()
         if stop is not None:
             threading.Thread(target=_stop_on, args=(child, stop, finished), daemon=True).start()
         try:
-            records, last_lines, at = _listen(child, on_record, on_log)
+            assert child.stdout is not None  # we asked for the pipe
+            records, last_lines, at = listen(child.stdout, on_record, on_log)
             code = child.wait()
         finally:
             finished.set()
@@ -106,7 +108,23 @@ def run_worker(
     return result
 
 
-def _start(function: str, spec: Path, world: int, threads: int, place: Place | None) -> Child:
+def join(meeting: Meeting, on_record: Callable[[Record], None], on_log: Callable[[str], None]) -> int:
+    """Wait for the next training that other machines hand out at a meeting, and be one of its machines; its exit code."""
+    with tempfile.TemporaryDirectory(prefix="nst-") as folder:
+        path = Path(folder) / "spec.json"
+        path.write_text(json.dumps({"world": 0, "meeting": asdict(meeting)}))
+        child = _start("", path, 0, 1, None, meeting)
+        try:
+            assert child.stdout is not None
+            listen(child.stdout, on_record, on_log)
+            return child.wait()
+        finally:
+            stop_process(child)
+
+
+def _start(
+    function: str, spec: Path, world: int, threads: int, place: Place | None, meeting: Meeting | None = None
+) -> Child:
     """A child on its way: forked by the warm parent where it needs torch and is alone, else a process of its own."""
     if world == 1 and place is None and function.startswith("models.") and sys.platform == "linux":
         return WarmParent.of_this_process().start(spec)
@@ -115,7 +133,7 @@ def _start(function: str, spec: Path, world: int, threads: int, place: Place | N
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=child_environment(threads, place),
+        env=child_environment(threads, place, meeting),
         text=True,
         errors="replace",
     )
@@ -242,22 +260,20 @@ def warm_up() -> None:
         WarmParent.of_this_process()
 
 
-def child_environment(threads: int, place: Place | None = None) -> dict[str, str]:
+def child_environment(threads: int, place: Place | None = None, meeting: Meeting | None = None) -> dict[str, str]:
     """The environment of a child: pinned threads, where ranks meet, no import from the working directory."""
     environment = dict(os.environ)
-    pinned = str(threads)
     environment.update(
-        OMP_NUM_THREADS=pinned,
-        MKL_NUM_THREADS=pinned,
+        pinned(threads),
         PYTHONSAFEPATH="1",  # another repository's `tasks` in the working directory is never imported
         PYTHONUNBUFFERED="1",
         NST_PARENT=str(os.getpid()),
     )
     environment[ANSWERED] = "1"  # a child waits longer for a store that is away: its parent has spoken to it
-    if place is None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    else:
+    if place is not None:
         environment.update(place.environment)
+    elif meeting is None or meeting.on_loopback:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     ask_for_huge_pages(environment)
     return _finding_this_code(environment)
 
@@ -356,35 +372,3 @@ def _stop_on(child: Child, stop: threading.Event, finished: threading.Event) -> 
             except subprocess.TimeoutExpired:
                 child.kill()
             return
-
-
-def _listen(
-    child: Child, on_record: Callable[[Record], None], on_log: Callable[[str], None]
-) -> tuple[list[Record], list[str], str]:
-    """Read the child's lines to the end; keep its results and errors, the last lines of its log, and where it last was."""
-    kept: list[Record] = []
-    place = ""
-    last_lines: list[str] = []
-    assert child.stdout is not None  # we asked for the pipe
-    for line in child.stdout:
-        line = line.rstrip("\n")
-        record = _parse_record(line)
-        if record is None:
-            last_lines = [*last_lines, line][-LAST_LINES:]
-            on_log(line)
-            continue
-        if record.keys() & {"result", "error", "killed"}:
-            kept.append(record)
-        place = record.get("at", place)
-        on_record(record)
-    return kept, last_lines, place
-
-
-def _parse_record(line: str) -> Record | None:
-    if not line.startswith(RECORD_PREFIX):
-        return None
-    try:
-        record = json.loads(line.removeprefix(RECORD_PREFIX))
-    except ValueError:  # two ranks' lines ran into each other
-        return None
-    return record if isinstance(record, dict) else None

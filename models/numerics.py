@@ -1,11 +1,11 @@
 """What can change the bits of a result without changing its meaning; recorded with every part and model. Without torch."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from models.compute import ComputeConfig
+from models.versions import package_versions
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
 # (seconds to set up, seconds for 10^9 multiply-adds on one core while the other one works too): EfficientNet-Lite0
@@ -19,7 +19,6 @@ COST = {
 }
 GPU_SPEEDUP = 500.0
 SHARED_BY = 4  # processes among which a job is taken to be divided: the choice must not hang on how many there are
-VERSIONED = ("torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "webdataset", "prefect", "duckdb")
 
 
 def resolve_device(config: ComputeConfig) -> str:
@@ -102,14 +101,3 @@ def labeling_seconds(numerics: dict[str, Any], images: int, macs: int) -> float:
 def part_numerics(chosen: dict[str, Any]) -> dict[str, Any]:
     """The numerics of an inference part: what was chosen, and the versions that computed it."""
     return {**chosen, "threads": 1, **package_versions(("torch", "torchvision", "timm", "pillow", "pyarrow"))}
-
-
-def package_versions(names: tuple[str, ...] = VERSIONED) -> dict[str, str]:
-    """The installed versions of packages, without importing them."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

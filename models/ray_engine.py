@@ -21,9 +21,10 @@ from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from models.compute import ComputeConfig, OnProgress, Spec, Totals
+from models.compute import ComputeConfig, OfferPieces, OnProgress, Pieces, Spec, Totals
 from models.failures import WorkerFailed, WorkerLost
-from models.launch import GRACE_S, Place, Record, free_port, run_worker
+from models.heard import Record
+from models.launch import GRACE_S, Place, free_port, run_worker
 from models.numerics import resolve_device
 from storage.errors import StoreAway, UserError, explained
 
@@ -37,7 +38,21 @@ ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (UserError, StoreAway, WorkerFailed, WorkerLost)
 }  # what crosses between nodes by name
 
-Submit = Callable[[int, str, Spec, Any], Any]  # number, function, spec, board: what `ray.wait` takes
+
+class RayPieces:
+    """Plain Ray tasks."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+
+    def submit(self, name: str, number: int, function: str, spec: Spec, board: Any) -> Any:
+        """Hand a piece to Ray; what `ray.wait` takes."""
+        return run_piece.options(**self._options, name=name).remote(number, function, spec, board)
+
+    def outcome(self, value: Any) -> dict[str, Any]:
+        """It is what `run_here` returned."""
+        found: dict[str, Any] = value
+        return found
 
 
 class _Board:
@@ -62,8 +77,23 @@ class _Board:
         return found
 
 
-def run_here(number: int, function: str, spec: Spec, board: Any, **how: Any) -> dict[str, Any]:
-    """Run a piece in a child of this process: {"result": ...}, or {"error": its class, "message", "time"}."""
+def run_here(
+    number: int,
+    function: str,
+    spec: Spec,
+    board: Any,
+    on_log: Callable[[str], None] = lambda line: None,
+    **how: Any,
+) -> dict[str, Any]:
+    """Run a piece in a child of this process: {"result": ...}, or {"error": its class, "message", "time"}.
+
+    What it reports and logs goes to the driver's board, its log to `on_log` too.
+    """
+
+    def log(line: str) -> None:
+        board.log.remote(line)
+        on_log(line)
+
     if "gpu" in spec:  # the driver counts its own machine's; Ray shows a worker those that are its
         spec = {**spec, "gpu": 0}
     try:
@@ -71,7 +101,7 @@ def run_here(number: int, function: str, spec: Spec, board: Any, **how: Any) -> 
             function,
             spec,
             on_record=lambda record: board.report.remote(number, record),
-            on_log=lambda line: board.log.remote(line),
+            on_log=log,
             **how,
         )
     except Exception as caught:
@@ -110,8 +140,14 @@ Rank: Any = ray.remote(_Rank)
 class RayEngine:
     """An existing cluster. The pieces of `map` may move to another node when theirs dies; a gang ends with any of its nodes."""
 
-    def __init__(self, config: ComputeConfig, on_log: Callable[[str], None] = lambda line: None) -> None:
-        self._config, self._on_log = config, on_log
+    def __init__(
+        self,
+        config: ComputeConfig,
+        on_log: Callable[[str], None] = lambda line: None,
+        offer: OfferPieces | None = None,
+    ) -> None:
+        """`offer`: how else than as plain Ray tasks pieces may be handed out."""
+        self._config, self._on_log, self._offer = config, on_log, offer
         connect(config)
 
     @property
@@ -122,7 +158,7 @@ class RayEngine:
     def check(self, store: str) -> None:
         """Raise UserError where a training's ranks have no room on the cluster, or its machines cannot reach the store."""
         room_for(self._bundle, self._config.ranks)
-        machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        machines = _machines()
         if store.startswith("file:") and len(machines) > 1:
             raise UserError(
                 f"store {store} is a folder, and the Ray cluster has {len(machines)} machines; use a store that all of them "
@@ -132,10 +168,13 @@ class RayEngine:
     def map(self, function: str, specs: Sequence[Spec], on_progress: OnProgress) -> list[dict[str, Any]]:
         """A Ray task a spec; one that a dead node had is run again on another."""
         totals = Totals(len(specs), on_progress)
-        with self._board(totals) as board, self._submitting() as submit:
-            refs = [submit(number, function, spec, board) for number, spec in enumerate(specs)]
+        with self._board(totals) as board, self._pieces() as pieces:
+            refs = [
+                pieces.submit(_name(function, number), number, function, spec, board)
+                for number, spec in enumerate(specs)
+            ]
             try:
-                found = self._wait(refs, board, totals)
+                found = self._wait(refs, board, totals, pieces.outcome)
             except BaseException:
                 for ref in refs:
                     ray.cancel(ref, force=False)
@@ -159,7 +198,7 @@ class RayEngine:
                 for rank, place in zip(ranks, places, strict=True)
             ]
             try:
-                found = self._wait(refs, board, totals)
+                found = self._wait(refs, board, totals, lambda value: value)
             except BaseException:
                 for rank in ranks:
                     rank.stop.remote()
@@ -180,12 +219,15 @@ class RayEngine:
         return {"CPU": float(self._config.threads or 1), **gpu}
 
     @contextmanager
-    def _submitting(self) -> Iterator[Submit]:
-        """How a piece is handed to Ray."""
+    def _pieces(self) -> Iterator[Pieces]:
+        """How pieces are handed out."""
         options = {"num_cpus": 1, "num_gpus": int(self._unit == "GPU"), "max_retries": NODE_LOSSES}
-        yield lambda number, function, spec, board: run_piece.options(**options, name=_name(function, number)).remote(
-            number, function, spec, board
-        )
+        if self._offer is None or self._config.ray_task_runs == "never":
+            yield RayPieces(options)
+            return
+        alone = _machines() == {get_node_ip_address()}
+        with self._offer(options, alone, self._on_log) as offered:
+            yield offered or RayPieces(options)
 
     @contextmanager
     def _board(self, totals: Totals) -> Iterator[Any]:
@@ -208,17 +250,19 @@ class RayEngine:
             for number, record in records.items():
                 totals.listener(min(number, totals.size - 1))(record)
 
-    def _wait(self, refs: Sequence[Any], board: Any, totals: Totals) -> list[dict[str, Any]]:
+    def _wait(
+        self, refs: Sequence[Any], board: Any, totals: Totals, read: Callable[[Any], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         """The results of all. Raises the error of the piece that failed first, as soon as one has."""
         waiting = list(refs)
         while waiting:
             done, waiting = ray.wait(waiting, timeout=POLL_S, num_returns=len(waiting))
             self._read(board, totals)
-            failed = [found for found in map(_outcome, done) if "error" in found]
+            failed = [found for found in (_outcome(ref, read) for ref in done) if "error" in found]
             if failed:
                 first = min(failed, key=lambda found: float(found["time"]))
                 raise ERRORS[first["error"]](first["message"])
-        return [_outcome(ref) for ref in refs]
+        return [_outcome(ref, read) for ref in refs]
 
 
 def connect(config: ComputeConfig) -> None:
@@ -272,10 +316,15 @@ def placed(bundle: dict[str, float], world: int) -> Iterator[PlacementGroup]:
         remove_placement_group(group)
 
 
-def _outcome(ref: Any) -> dict[str, Any]:
+def _machines() -> set[str]:
+    """The addresses of the cluster's machines."""
+    return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _outcome(ref: Any, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """What a piece came to; a node's death is its loss."""
     try:
-        found: dict[str, Any] = ray.get(ref)
+        found = read(ray.get(ref))
     except RayError as error:
         why = str(error).strip().splitlines()
         return {

@@ -1,7 +1,7 @@
 """The entry of every child process: `python -m models.worker SPEC.json`; started by models/launch.py only.
 
-Runs the function that the spec names as `function(spec, worker) -> dict`. With world > 1 the first process becomes
-torch elastic's agent and starts the ranks, which run this file again. torch is imported by the function, not here, so
+Runs the function that the spec names as `function(spec, worker) -> dict`. With world > 1, or where it is to join a training
+of other machines, the first process becomes torch elastic's agent and starts the ranks, which run this file again. torch is imported by the function, not here, so
 that decoding and writing shards does not pay for it.
 """
 
@@ -13,11 +13,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from models.failures import STOPPED_EXIT_CODE
-from models.launch import PR_SET_PDEATHSIG, RECORD_PREFIX
+from models.heard import RECORD_PREFIX
+from models.launch import PR_SET_PDEATHSIG
+from models.meeting import arrive, tell, told
 from storage.errors import StoreAway, UserError, explained
 
 PROGRESS_INTERVAL_S = 0.3
@@ -59,8 +62,8 @@ def main() -> int:
     """Read the spec, run its function, report the result or the error."""
     die_with_parent()
     job = json.loads(Path(sys.argv[1]).read_text())
-    if job["world"] > 1 and "RANK" not in os.environ:
-        return _run_elastic(job)
+    if "RANK" not in os.environ and (job["world"] > 1 or job["meeting"]):
+        return _run_agent(job)
     worker = Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), job["threads"])
 
     def request_stop(signum: int, frame: object) -> None:
@@ -75,20 +78,20 @@ def main() -> int:
         return STOPPED_EXIT_CODE
     except Exception as caught:
         error = explained(caught) or caught
-        worker.emit(
-            {
-                "error": {
-                    "rank": worker.rank,
-                    "time": time.time(),
-                    "user": isinstance(error, UserError),
-                    "away": isinstance(error, StoreAway),
-                    "place": worker.place,
-                    "message": str(error),
-                    "cause": f"{type(error).__name__}: {error}",
-                    "traceback": _without_carets(traceback.format_exc()),
-                }
+        record = {
+            "error": {
+                "rank": worker.rank,
+                "time": time.time(),
+                "user": isinstance(error, UserError),
+                "away": isinstance(error, StoreAway),
+                "place": worker.place,
+                "message": str(error),
+                "cause": f"{type(error).__name__}: {error}",
+                "traceback": _without_carets(traceback.format_exc()),
             }
-        )
+        }
+        worker.emit(record)
+        tell(record)
         return 1
     if worker.rank == 0:
         worker.emit({"result": result})
@@ -109,22 +112,44 @@ def die_with_parent() -> None:
         sys.exit(STOPPED_EXIT_CODE)
 
 
-def _run_elastic(job: dict[str, Any]) -> int:
-    """Become torch elastic's agent in script mode (it stops within 2 s of SIGTERM; `elastic_launch` takes 31 s)."""
+def _run_agent(job: dict[str, Any]) -> int:
+    """Become torch elastic's agent for the ranks of this machine."""
+    if not job["meeting"]:
+        alone = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={job['world']}"]
+        return _run_elastic(alone, lambda: [])
+    agent = Worker()
+    try:
+        job, arguments, store = arrive(job)
+    except UserError as error:
+        print(error, flush=True)
+        return 1
+    Path(sys.argv[1]).write_text(json.dumps(job))  # what the ranks read
+    agent.emit({"met": {"id": job["id"], "function": job["function"], "store": job["spec"].get("store", "")}})
+    return _run_elastic(arguments, lambda: told(store, job))
+
+
+def _run_elastic(arguments: list[str], elsewhere: Callable[[], list[dict[str, Any]]]) -> int:
+    """torch elastic in script mode (it stops within 2 s of SIGTERM; `elastic_launch` takes 31 s).
+
+    `elsewhere`: the failures of ranks on other machines.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ["NST_PARENT"] = str(os.getpid())
-    arguments = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={job['world']}", "--max-restarts=0"]
     try:
-        run.main([*arguments, "-m", "models.worker", sys.argv[1]])
+        run.main([*arguments, "--max-restarts=0", "-m", "models.worker", sys.argv[1]])
     except SignalException:
         return STOPPED_EXIT_CODE
     except ChildFailedError as error:  # a failing rank has reported its own error, one that was killed cannot
         for rank, failure in error.failures.items():
             if failure.exitcode < 0:
-                Worker(rank).emit({"killed": {"rank": rank, "signal": -failure.exitcode}})
+                record = {"killed": {"rank": rank, "signal": -failure.exitcode}}
+                Worker(rank).emit(record)
+                tell(record)
+        for record in elsewhere():
+            Worker().emit(record)
         return 1
     except Exception as error:
         print(f"torch elastic: {error}", flush=True)

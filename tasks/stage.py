@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from models.compute import ComputeConfig, open_engine
+from models.compute import ComputeConfig, OfferPieces, open_engine
 from models.failures import WorkerFailed, WorkerLost
 from models.launch import code_state
-from models.numerics import package_versions, resolve_device
+from models.numerics import resolve_device
+from models.versions import package_versions
 from storage.artifacts import SOURCE_ROLE, Manifest, commit, discard_attempt, find, get
 from storage.errors import StoreAway, UserError
 from storage.keys import Config
@@ -67,24 +68,27 @@ def run_stage(
     request: StageRequest,
     on_progress: OnProgress = lambda progress: None,
     on_log: Callable[[str], None] = lambda line: None,
+    offer: OfferPieces | None = None,
 ) -> StageOutcome:
-    """Return the stage's artifact, made now or before.
+    """Return the stage's artifact, made now or before. `offer`: how a cluster's pieces may be handed out.
 
     A failure leaves parts and checkpoints for the next attempt; UserError and WorkerFailed say which stage and artifact.
     """
     with request.announce(request) as tell:
-        outcome = _reuse_or_make(request, on_progress, on_log)
+        outcome = _reuse_or_make(request, on_progress, on_log, offer)
         tell(outcome)
     return outcome
 
 
-def _reuse_or_make(request: StageRequest, on_progress: OnProgress, on_log: Callable[[str], None]) -> StageOutcome:
+def _reuse_or_make(
+    request: StageRequest, on_progress: OnProgress, on_log: Callable[[str], None], offer: OfferPieces | None
+) -> StageOutcome:
     store, record = Store(request.store), request.record
     existing = find(store, record.kind, record.key)
     if existing is not None:
         return StageOutcome(existing, reused=True)
     inputs = {role: get(store, kind, record.inputs[role]) for role, kind in request.input_kinds.items()}
-    engine = open_engine(request.compute, on_log)
+    engine = open_engine(request.compute, on_log, offer)
     source = record.inputs.get(SOURCE_ROLE, "")
     context = StageContext(store, record.key, engine, request.compute, on_progress, record.name, source)
     started = time.perf_counter()
@@ -137,7 +141,7 @@ def retry_delays(retries: int) -> list[float]:
     return [min(FIRST_DELAY_S * 4.0**number, LONGEST_DELAY_S) for number in range(retries)]
 
 
-def stage_task(retries: int, on_retry: Callable[[str], None]) -> Any:
+def stage_task(retries: int, on_retry: Callable[[str], None], offer: OfferPieces | None = None) -> Any:
     """The Prefect task: `run_stage`, ending in the state `Reused` where the artifact was there already.
 
     What may pass (`may_pass`) is tried again so often, and goes on where it was; `on_retry` gets a line that says so.
@@ -168,7 +172,7 @@ def stage_task(retries: int, on_retry: Callable[[str], None]) -> Any:
     )
     def stage(name: str, request: StageRequest, watch: Watch, on_log: Callable[[str], None]) -> Any:
         with watch:
-            outcome = run_stage(request, watch.progress, on_log)
+            outcome = run_stage(request, watch.progress, on_log, offer)
             page = watch.made(outcome)
         if not outcome.reused:
             return outcome
