@@ -6,12 +6,13 @@ node when its own dies. A task run reports to Prefect's API from where it runs, 
 
 import ipaddress
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
 from prefect.settings import get_current_settings
 from prefect.states import Failed
 
@@ -45,8 +46,9 @@ class TaskRuns:
         from prefect_ray.context import remote_options
 
         parameters = {"number": number, "function": function, "spec": spec, "board": board}
-        with remote_options(**self._options):
-            return self._runner.submit(piece.with_options(name=name), parameters).wrapped_future
+        named = piece.with_options(name=name)
+        with remote_options(**self._options), _travelling(named):
+            return self._runner.submit(named, parameters).wrapped_future
 
     def outcome(self, value: Any) -> dict[str, Any]:
         """What `piece` ended with: Ray returns its state. Raises what a piece died of that could not say so itself."""
@@ -69,6 +71,12 @@ def offer_task_runs(options: dict[str, Any], alone: bool, on_log: Callable[[str]
 
     with RayTaskRunner() as runner:
         yield TaskRuns(runner, options)
+
+
+def _travelling(named: Any) -> AbstractContextManager[Any]:
+    """What a task run takes along of the stage's: whose child it is, not the stage's own parameters (displays, open files)."""
+    own = TaskRunContext.get()
+    return own.model_copy(update={"task": named, "parameters": {}}) if own else nullcontext()
 
 
 def _is_loopback(host: str) -> bool:

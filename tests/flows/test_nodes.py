@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from models.launch import free_port
 from storage.objects import Store
 from storage.verify import verify_all
@@ -46,9 +48,10 @@ def test_two_machines_that_share_only_the_bucket_train_as_one_does(s3: str, tmp_
     assert verify_all(Store(s3)).problems == []
 
 
+@pytest.mark.soak
 def test_a_training_whose_other_machine_is_lost_stops_and_goes_on_with_a_new_one(s3: str, tmp_path: Path) -> None:
     endpoint, settings = on_two_nodes()
-    line = command(s3, *settings, "teacher.epochs=400")
+    line = command(s3, *settings, "teacher.epochs=120")
     lost = join(endpoint, tmp_path / "lost")
     first = start(line, NST_CACHE_DIR=str(tmp_path / "first"))
     family = wait_for_output(lost, "takes part in")
@@ -64,7 +67,7 @@ def test_a_training_whose_other_machine_is_lost_stops_and_goes_on_with_a_new_one
     other = join(endpoint, tmp_path / "other")
     run(line, NST_CACHE_DIR=str(tmp_path / "first"))
     stop(other)
-    run(command(tmp_path / "alone", REPLICAS, "teacher.epochs=400"))
+    run(command(tmp_path / "alone", REPLICAS, "teacher.epochs=120"))
     assert contents(s3) == contents(tmp_path / "alone")
 
 

@@ -1,8 +1,13 @@
 """The pipeline on a real Ray cluster of two nodes that share nothing but the bucket; a node that is killed."""
 
+import os
 import signal
+import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,34 @@ from tests.flows.runs import command, contents, open_checkpoints, run, start, wa
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 PARTS = "parts/predict"
+
+
+FAILING = """
+import sys
+from prefect import flow
+from flows.ray_task_runs import offer_task_runs
+from models.compute import ComputeConfig
+from models.ray_engine import RayEngine
+from storage.errors import UserError
+
+@flow
+def failing():
+    engine = RayEngine(ComputeConfig(engine="ray", ray_address=sys.argv[1]), print, offer_task_runs)
+    try:
+        engine.map("tests.models.child_functions:refuse", [{}], lambda progress: None)
+    except UserError as error:
+        print(f"UserError: {error}", flush=True)
+
+failing()
+"""
+
+
+def task_runs(prefect_home: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The states of Prefect's task runs by name, the stages' and the pieces': the latter without Prefect's own suffix."""
+    with closing(sqlite3.connect(prefect_home / "prefect.db")) as database:
+        found = dict(database.execute("select name, state_name from task_run").fetchall())
+    pieces = {name.rpartition("-")[0]: state for name, state in found.items() if "-" in name}
+    return {name: state for name, state in found.items() if "-" not in name}, pieces
 
 
 class TwoNodes:
@@ -63,7 +96,11 @@ def test_a_run_on_two_nodes_ends_with_the_artifacts_of_one_on_this_machine(
     assert Store(s3).paths("artifacts") == []
 
     replicas = "train.replicas=2"
-    run(command(s3, *nodes.settings, replicas, "compute.ranks=2"))
+    line = command(s3, *nodes.settings, replicas, "compute.ranks=2", prefect="ephemeral")
+    run(line, PREFECT_HOME=str(tmp_path / "prefect"))
+    stages, pieces = task_runs(tmp_path / "prefect")
+    assert stages["1/label"] == "Completed"
+    assert pieces["label_shards 0"] == "Completed", "each piece is a task run of its own"
     run(command(tmp_path / "alone", replicas))
     assert contents(s3) == contents(tmp_path / "alone")
     assert verify_all(Store(s3)).problems == []
@@ -85,11 +122,14 @@ def test_a_training_on_the_cluster_that_is_terminated_writes_a_checkpoint_and_is
     assert open_checkpoints(s3) == 1
 
 
+@pytest.mark.parametrize("prefect", ["off", pytest.param("ephemeral", marks=pytest.mark.soak)])
 def test_the_work_of_a_node_that_is_killed_while_it_labels_moves_to_the_other(
-    s3: str, nodes: TwoNodes, finished: Path
+    s3: str, nodes: TwoNodes, finished: Path, tmp_path: Path, prefect: str
 ) -> None:
-    store, line = Store(s3), command(s3, *nodes.settings, "compute.task_images=1", "compute.shards_per_task=1")
-    child = start(line)
+    """As plain Ray tasks and as task runs of Prefect."""
+    small = ("compute.task_images=1", "compute.shards_per_task=1")
+    store, line = Store(s3), command(s3, *nodes.settings, *small, prefect=prefect)
+    child = start(line, PREFECT_HOME=str(tmp_path / "prefect"))
     deadline = time.monotonic() + 300
     while not store.paths(PARTS):
         assert child.poll() is None
@@ -99,3 +139,22 @@ def test_the_work_of_a_node_that_is_killed_while_it_labels_moves_to_the_other(
     output = child.communicate(timeout=400)[0]
     assert child.returncode == 0, output
     assert contents(s3) == contents(finished)
+    if prefect == "ephemeral":
+        _, pieces = task_runs(tmp_path / "prefect")
+        assert set(pieces.values()) == {"Completed"}
+
+
+def test_a_piece_that_fails_is_a_failed_task_run_and_its_error_is_the_stages(nodes: TwoNodes, tmp_path: Path) -> None:
+    home = tmp_path / "prefect"
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, nodes.cluster.address],
+        env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout.splitlines()[-1] == "UserError: select.min_confidence=2 is above 1; lower it", (
+        done.stdout + done.stderr
+    )
+    _, pieces = task_runs(home)
+    assert pieces == {"refuse 0": "Failed"}
