@@ -104,7 +104,7 @@ class Predictions:
         sizes = [shard.rows or 0 for _, shard in missing]
         processes, gpus = context.engine.processes, num_gpus()
         on_gpu = numerics["device"] == "cuda"
-        if on_gpu:
+        if on_gpu and compute.engine == "local":  # a cluster's engine counts the cluster's GPUs
             processes = compute.processes or max(1, gpus)
         # a process that compiles, or holds a GPU, is paid once: all its shards are one task, committed one by one
         most = len(missing) if on_gpu or numerics["compile"] else None
