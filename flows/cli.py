@@ -7,11 +7,9 @@ nst serve                               Prefect's server, a worker and all deplo
 """
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from importlib.metadata import version
 from typing import Annotated, Any, cast
 
@@ -30,10 +28,9 @@ from flows import (
     study_commands,
 )
 from flows.driver import Rerun, Run, find_node, resolve_run
-from flows.embedded import EmbeddedApi
 from flows.experiment import DEFAULT_STORE, load_experiment
 from flows.next import next_run
-from flows.openlineage_sender import open_client
+from flows.prefect_mode import PrefectMode, PrefectOption, set_up_prefect
 from flows.terminal import (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -52,22 +49,10 @@ from storage.objects import Store
 from storage.runs import latest_run, read_run
 from tasks.results import result_records
 
-
-class PrefectMode(StrEnum):
-    """Where Prefect's API is: nowhere, beside this command, or on the server that PREFECT_API_URL names."""
-
-    off = "off"
-    ephemeral = "ephemeral"
-    server = "server"
-
-
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one, such as digits.")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. student.epochs=30.")]
 RerunOption = Annotated[str, typer.Option(help="Make a stage and all that follows anew: select, or 2/select.")]
 ScaleOption = Annotated[str, typer.Option(help="A scale that the recipe offers, e.g. smoke.")]
-PrefectOption = Annotated[
-    PrefectMode, typer.Option(help="Prefect's API: off, ephemeral (beside this command), server.")
-]
 
 
 def demo(store: StoreOption = "demo-store", prefect: PrefectOption = PrefectMode.ephemeral) -> None:
@@ -103,7 +88,7 @@ def run(
     else:
         if experiment.compute.engine == "local" and latest_run(store_root, experiment.name) is None:
             warm_up()  # networks will be trained here: torch loads while Prefect does
-        wait_for_api = _set_up_prefect(prefect)
+        wait_for_api = set_up_prefect(prefect)
         from flows.iteration import noisy_student, recipe_parameters, show_on
 
         show_on(display)
@@ -140,7 +125,7 @@ def next_iteration(
     if prefect is PrefectMode.off:
         name = _run_plain(run, display)
     else:
-        wait_for_api = _set_up_prefect(prefect)
+        wait_for_api = set_up_prefect(prefect)
         from flows import iteration
 
         iteration.show_on(display)
@@ -219,7 +204,7 @@ def stage(
     if prefect is PrefectMode.off:
         _stage_plain(name, recipe, overrides or [], Store(store), scale)
         return
-    wait_for_api = _set_up_prefect(prefect)
+    wait_for_api = set_up_prefect(prefect)
     from flows.iteration import recipe_parameters, show_on
     from flows.stages import STAGE_FLOWS
 
@@ -267,28 +252,6 @@ def main() -> None:
 
 def _exit_on_signal(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _set_up_prefect(mode: PrefectMode) -> Callable[[], None]:
-    """Choose Prefect's API before Prefect is imported; returns what to call before a flow: it waits for the API.
-
-    Raises UserError where a server is asked for but not named, or OpenLineage events that cannot be sent.
-    """
-    open_client()  # the flow opens its own, after the seconds that Prefect takes to start
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    if mode is PrefectMode.ephemeral:
-        os.environ["PREFECT_PROFILE"] = "ephemeral"  # Prefect's own, whichever profile the user has made active
-        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what happened is on the display
-        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-        return EmbeddedApi().wait
-    from prefect.settings import get_current_settings
-
-    if not get_current_settings().api.url:
-        raise UserError(
-            "--prefect server: no server is named; set PREFECT_API_URL (start one with `prefect server start`)"
-        )
-    return lambda: None
 
 
 def _run_plain(run: Run, display: Any) -> str:
