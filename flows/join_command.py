@@ -1,5 +1,6 @@
 """`nst join`: this machine takes part in the trainings that another one hands out."""
 
+from collections import deque
 from typing import Annotated
 
 import typer
@@ -10,6 +11,8 @@ from models.heard import Record
 from models.launch import join as join_one
 from models.meeting import Meeting
 from storage.errors import UserError
+
+KEPT_LINES = 30
 
 
 def join(
@@ -36,7 +39,7 @@ def join(
                 met.append(record["met"])
                 console.print(f"takes part in {record['met']['function']} of {record['met']['store']}", highlight=False)
 
-        lines: list[str] = []
+        lines: deque[str] = deque(maxlen=KEPT_LINES)  # torch complains of every look while nobody is there
         code = join_one(meeting, heard, lines.append)
         if not met:
             raise UserError(lines[-1] if lines else f"nothing could be taken from {endpoint}")

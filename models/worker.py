@@ -143,6 +143,8 @@ def _run_elastic(arguments: list[str], elsewhere: Callable[[], list[dict[str, An
     except SignalException:
         return STOPPED_EXIT_CODE
     except ChildFailedError as error:  # a failing rank has reported its own error, one that was killed cannot
+        if {failure.exitcode for failure in error.failures.values()} == {STOPPED_EXIT_CODE}:
+            return STOPPED_EXIT_CODE  # a rank was asked to stop, here or on another machine, and all agreed
         for rank, failure in error.failures.items():
             if failure.exitcode < 0:
                 record = {"killed": {"rank": rank, "signal": -failure.exitcode}}

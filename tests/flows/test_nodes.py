@@ -27,8 +27,8 @@ def join(endpoint: str, cache: Path, *options: str) -> "subprocess.Popen[str]":
 
 
 def stop(node: "subprocess.Popen[str]") -> str:
-    """As Ctrl-C does; its output. All of its processes must be gone."""
-    node.send_signal(signal.SIGINT)
+    """As Ctrl-C does (which is ignored below a shell's `&`); its output."""
+    node.send_signal(signal.SIGTERM)
     output = node.communicate(timeout=60)[0]
     assert node.returncode == 143, output
     return output
@@ -71,18 +71,26 @@ def test_a_training_whose_other_machine_is_lost_stops_and_goes_on_with_a_new_one
     assert contents(s3) == contents(tmp_path / "alone")
 
 
-def test_a_first_machine_that_is_terminated_writes_a_checkpoint_and_the_other_waits_on(s3: str, tmp_path: Path) -> None:
+@pytest.mark.soak
+@pytest.mark.parametrize("stopped", ["first", "other"])
+def test_a_training_of_which_a_machine_is_stopped_writes_a_checkpoint(s3: str, tmp_path: Path, stopped: str) -> None:
+    """Where it was the first, the other one waits for the next training."""
     endpoint, settings = on_two_nodes()
     rare = ("compute.checkpoint_steps=1000000", "compute.checkpoint_seconds=1000000", "teacher.epochs=4000")
     other = join(endpoint, tmp_path / "other")
     first = start(command(s3, *settings, *rare), NST_CACHE_DIR=str(tmp_path / "first"))
     read_until(first, "0/teacher: ")
-    first.send_signal(signal.SIGTERM)
+    if stopped == "first":
+        first.send_signal(signal.SIGTERM)
+    else:
+        stop(other)
     output = first.communicate(timeout=60)[0]
-    assert first.returncode == 143, output
+    assert first.returncode == (143 if stopped == "first" else 1), output
+    assert ("was asked to stop" in output) == (stopped == "other")
     assert open_checkpoints(s3) == 1
-    read_until(other, "waits for a training")  # the first time at its start, then again
-    stop(other)
+    if stopped == "first":
+        read_until(other, "waits for a training")  # the first time at its start, then again
+        stop(other)
 
 
 def test_a_rank_that_fails_on_the_other_machine_is_named_on_the_first(s3: str, tmp_path: Path) -> None:
