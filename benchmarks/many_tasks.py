@@ -82,7 +82,7 @@ def main() -> None:
         timed(
             f"the other {len(specs) - half:,} pieces",
             lambda: engine.map(PIECE, specs[half:], lambda p: None),
-            half,
+            len(specs) - half,
             "pieces",
         )
         found = timed("what is there", lambda: find_parts(store, STAGE, keys, {}), len(keys), "shards")

@@ -114,7 +114,7 @@ class ComputeConfig(Config):
             raise ValueError(
                 f"nodes={self.nodes} needs rdzv_endpoint=HOST:PORT, an address of this machine that the others reach"
             )
-        self.meeting  # noqa: B018 - raises where the endpoint is none
+        Meeting.at(self.rdzv_endpoint)  # raises where it is none
         return self
 
     @property
